@@ -1,0 +1,44 @@
+"""The ``nezha`` command: one module a verb, each with ``SUMMARY``, ``add_arguments(parser)`` and ``run(arguments)``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+VERBS = ("prepare", "tokenize", "train", "evaluate", "init", "serve", "recommend", "demo")
+
+
+class UserError(Exception):
+    """Something the user can mend; printed as one line, without a traceback."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="nezha",
+        description="NEZHA generative recommendation on vLLM: interaction logs in, ranked catalogue items out.",
+        epilog="The verbs in the order of use: prepare, tokenize, train, evaluate, serve, recommend. "
+        "`nezha VERB --help` explains each.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name in VERBS:
+        module = import_module(f"nezha_vllm.cli.{name}")
+        verb = verbs.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except (UserError, ValueError, FileNotFoundError) as error:
+        print(f"nezha {arguments.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nnezha {arguments.verb}: stopped; run it again to go on", file=sys.stderr)
+        return 130

@@ -1,0 +1,91 @@
+"""Configuration of a NEZHA checkpoint: a backbone's own configuration plus the fields of the method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import AutoConfig, LlamaConfig, Qwen3Config
+
+from nezha_vllm.semantic_id import SemanticIdCodec
+
+VALIDITY_MODES = ("stepwise", "final")
+MAX_LEVELS = 8
+
+
+@dataclass
+class NezhaFields:
+    """Fields that NEZHA adds to a backbone's ``config.json``.
+
+    Attributes:
+        codebook_sizes: T_1 … T_L.
+        code_token_offsets: per level, the token id of code 0; the level's codes follow it without gaps.
+        placeholder_token_ids: token ids of the L placeholders that end every prompt.
+        beam_width: K of a request that names none.
+        max_beam_width: largest K that a request may ask for.
+        validity: default validity mode, ``stepwise`` or ``final``.
+        catalogue: folder of the catalogue, relative to the checkpoint.
+    """
+
+    codebook_sizes: list[int] = field(default_factory=lambda: [256, 256, 256])
+    code_token_offsets: list[int] = field(default_factory=list)
+    placeholder_token_ids: list[int] = field(default_factory=list)
+    beam_width: int = 50
+    max_beam_width: int = 512
+    validity: str = "stepwise"
+    catalogue: str = "catalogue"
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.codebook_sizes)
+
+    @property
+    def codec(self) -> SemanticIdCodec:
+        return SemanticIdCodec(self.codebook_sizes)
+
+    def check(self) -> None:
+        """Raise ``ValueError`` that says which field of ``config.json`` is wrong and how to mend it."""
+        levels = self.num_levels
+        if levels > MAX_LEVELS:
+            raise ValueError(f"config.json: codebook_sizes has {levels} levels, at most {MAX_LEVELS} are supported")
+        codec = self.codec
+        for name in ("code_token_offsets", "placeholder_token_ids"):
+            ids = getattr(self, name)
+            if len(ids) != levels:
+                raise ValueError(
+                    f"config.json: {name} has {len(ids)} entries but codebook_sizes has {levels} levels; "
+                    "make the checkpoint anew with `nezha init`"
+                )
+            if min(ids) < 0:
+                raise ValueError(f"config.json: {name} holds a negative token id: {ids}")
+        spans = zip(self.code_token_offsets, codec.codebook_sizes, strict=True)
+        last_id = max([*self.placeholder_token_ids, *(offset + size - 1 for offset, size in spans)])
+        if last_id >= self.vocab_size:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"config.json: token id {last_id} of a code or placeholder is outside the vocabulary "
+                f"({self.vocab_size})"  # type: ignore[attr-defined]
+            )
+        if self.validity not in VALIDITY_MODES:
+            raise ValueError(f"config.json: validity is {self.validity!r}, must be one of {VALIDITY_MODES}")
+        if not 1 <= self.beam_width <= self.max_beam_width:
+            raise ValueError(
+                f"config.json: need 1 ≤ beam_width ≤ max_beam_width, got {self.beam_width} and {self.max_beam_width}"
+            )
+
+
+class NezhaLlamaConfig(NezhaFields, LlamaConfig):
+    model_type = "nezha_llama"
+
+
+class NezhaQwen3Config(NezhaFields, Qwen3Config):
+    model_type = "nezha_qwen3"
+
+
+NezhaConfig = NezhaLlamaConfig | NezhaQwen3Config
+CONFIG_CLASSES = {"llama": NezhaLlamaConfig, "qwen3": NezhaQwen3Config}
+ARCHITECTURES = {"llama": "NezhaLlamaForCausalLM", "qwen3": "NezhaQwen3ForCausalLM"}
+
+
+def register_configs() -> None:
+    """Let ``AutoConfig`` read our checkpoints. Safe to call more than once."""
+    for config_class in CONFIG_CLASSES.values():
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

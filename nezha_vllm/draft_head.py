@@ -1,0 +1,153 @@
+"""The draft head (NEZHA, section on autoregressive drafting) and its reference beam search in plain PyTorch.
+
+Shape suffixes, used throughout the project: N requests, K beam width, B beams alive, T codes of a level, L levels,
+S = L + 1 hidden states a request (h_0 of the last history token, h_1 … h_L of the placeholders), H hidden size,
+M semantic IDs in the catalogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nezha_vllm.semantic_id import SemanticIdCodec
+
+
+class DraftHead(nn.Module):
+    """z_l = W_l (s_l + h_l);  s_1 = h_0;  s_{l+1} = tanh(W_ih E_l[t_l] + b_ih + W_hh s_l + b_hh).
+
+    The last level has no embedding and no cell: nothing follows it.
+    """
+
+    def __init__(self, hidden_size: int, codebook_sizes: Sequence[int], dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.codebook_sizes = tuple(codebook_sizes)
+        self.logit_heads = nn.ModuleList(nn.Linear(hidden_size, size, bias=False, dtype=dtype) for size in codebook_sizes)
+        inner = self.codebook_sizes[:-1]
+        self.code_embeddings = nn.ModuleList(nn.Embedding(size, hidden_size, dtype=dtype) for size in inner)
+        self.cells = nn.ModuleList(nn.RNNCell(hidden_size, hidden_size, dtype=dtype) for _ in inner)
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.codebook_sizes)
+
+    def log_probs(self, level: int, state: Tensor, hidden: Tensor) -> Tensor:
+        """log p_l over the level's codes in float32 [..., T] from the context state and h_l, both [..., H]."""
+        return self.logit_heads[level](state + hidden).float().log_softmax(-1)
+
+    def next_state(self, level: int, state: Tensor, codes: Tensor) -> Tensor:
+        """s_{l+1} [..., H] from s_l [..., H] and the codes [...] chosen at level l."""
+        cell = self.cells[level]
+        drive = F.linear(self.code_embeddings[level](codes), cell.weight_ih, cell.bias_ih)
+        return torch.tanh(drive + F.linear(state, cell.weight_hh, cell.bias_hh))
+
+    def forward(self, hidden_NSH: Tensor, codes_NL: Tensor) -> list[Tensor]:
+        """Teacher-forced log-probabilities: per level a float32 tensor [N, T_l]."""
+        state, outputs = hidden_NSH[:, 0], []
+        for level in range(self.num_levels):
+            outputs.append(self.log_probs(level, state, hidden_NSH[:, level + 1]))
+            if level + 1 < self.num_levels:
+                state = self.next_state(level, state, codes_NL[:, level])
+        return outputs
+
+
+@dataclass
+class Beams:
+    """Finished beams, best first: score descending, equal scores by semantic ID ascending (level 1 first).
+
+    ``index_NK`` is the position in the catalogue's sorted keys, -1 beyond the request's valid beams;
+    ``log_probs_NKL`` float32, one a level; ``scores_NK`` their sum, -inf where there is no beam;
+    ``drafted_N`` how many beams were finished before validity was checked, ``valid_N`` how many of them are items.
+    """
+
+    index_NK: Tensor
+    log_probs_NKL: Tensor
+    scores_NK: Tensor
+    drafted_N: Tensor
+    valid_N: Tensor
+
+
+def select(scores_NC: Tensor, widths_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The ``widths_N[n]`` best finite candidates of each row, equal scores by lowest position.
+
+    Returns positions [N, max width], ascending, and a mask of those that exist. Keeping positions ascending keeps
+    beams in key order from level to level, which is what makes ties well defined.
+    """
+    num_rows, num_candidates = scores_NC.shape
+    width = min(int(widths_N.max()), num_candidates)
+    best_NK = scores_NC.topk(width, dim=1).values
+    threshold_N1 = best_NK.gather(1, (widths_N.clamp(max=width) - 1)[:, None])
+    above = scores_NC > threshold_N1
+    tied = (scores_NC == threshold_N1) & (threshold_N1 > -torch.inf)
+    room_N1 = widths_N[:, None] - above.sum(1, keepdim=True)
+    taken = above | (tied & (tied.cumsum(1) <= room_N1))
+    row, position = taken.nonzero(as_tuple=True)
+    rank = taken.cumsum(1)[row, position] - 1
+    positions_NK = torch.zeros(num_rows, width, dtype=torch.long, device=scores_NC.device)
+    alive_NK = torch.zeros(num_rows, width, dtype=torch.bool, device=scores_NC.device)
+    positions_NK[row, rank], alive_NK[row, rank] = position, True
+    return positions_NK, alive_NK
+
+
+@torch.no_grad()
+def reference_beam_search(
+    head: DraftHead,
+    hidden_NSH: Tensor,
+    keys_M: Tensor,
+    widths_N: Tensor,
+    stepwise_N: Tensor,
+) -> Beams:
+    """Beam search over semantic IDs, obvious rather than fast. Exact: a width of M or more is brute force.
+
+    Args:
+        hidden_NSH: hidden states after the backbone's final norm, S = L + 1.
+        keys_M: the catalogue's keys, int64, strictly ascending, M ≥ 1.
+        widths_N: beam width of each request, int64, ≥ 1.
+        stepwise_N: bool; True masks every level by catalogue prefixes, False drops invalid beams at the end.
+    """
+    codec = SemanticIdCodec(head.codebook_sizes)
+    num_requests, device = len(hidden_NSH), hidden_NSH.device
+    state_NBH = hidden_NSH[:, :1]
+    prefix_NB = torch.zeros(num_requests, 1, dtype=torch.long, device=device)
+    score_NB = torch.zeros(num_requests, 1, device=device)
+    history_NBL = torch.zeros(num_requests, 1, 0, device=device)
+    for level, (size, suffix) in enumerate(zip(codec.codebook_sizes, codec.suffix_sizes, strict=True)):
+        log_p_NBT = head.log_probs(level, state_NBH, hidden_NSH[:, level + 1, None])
+        child_NBT = prefix_NB[..., None] * size + torch.arange(size, device=device)
+        total_NBT = score_NB[..., None] + log_p_NBT
+        allowed = ~stepwise_N[:, None, None] | _has_key(keys_M, child_NBT * suffix, suffix)
+        total_NBT = total_NBT.masked_fill(~allowed, -torch.inf)
+        chosen_NK, alive_NK = select(total_NBT.flatten(1), widths_N)
+        parent_NK, code_NK = chosen_NK // size, chosen_NK % size
+        prefix_NB = child_NBT.flatten(1).gather(1, chosen_NK)
+        score_NB = total_NBT.flatten(1).gather(1, chosen_NK).masked_fill(~alive_NK, -torch.inf)
+        log_p_NK = log_p_NBT.flatten(1).gather(1, chosen_NK)
+        history_NBL = torch.cat([_gather(history_NBL, parent_NK), log_p_NK[..., None]], dim=2)
+        if level + 1 < codec.num_levels:
+            state_NBH = head.next_state(level, _gather(state_NBH, parent_NK), code_NK)
+    return _finish(prefix_NB, score_NB, history_NBL, keys_M)
+
+
+def _finish(key_NK: Tensor, score_NK: Tensor, log_probs_NKL: Tensor, keys_M: Tensor) -> Beams:
+    drafted_NK = score_NK > -torch.inf
+    index_NK = torch.searchsorted(keys_M, key_NK).clamp(max=len(keys_M) - 1)
+    valid_NK = drafted_NK & (keys_M[index_NK] == key_NK)
+    score_NK = score_NK.masked_fill(~valid_NK, -torch.inf)
+    # beams arrive in key order, so a stable sort leaves equal scores in key order
+    score_NK, order_NK = score_NK.sort(dim=1, descending=True, stable=True)
+    index_NK = index_NK.masked_fill(~valid_NK, -1).gather(1, order_NK)
+    return Beams(index_NK, _gather(log_probs_NKL, order_NK), score_NK, drafted_NK.sum(1), valid_NK.sum(1))
+
+
+def _has_key(keys_M: Tensor, low: Tensor, span: int) -> Tensor:
+    """Whether a key lies in [low, low + span)."""
+    at = torch.searchsorted(keys_M, low)
+    return (at < len(keys_M)) & (keys_M[at.clamp(max=len(keys_M) - 1)] - low < span)
+
+
+def _gather(values_NBX: Tensor, index_NK: Tensor) -> Tensor:
+    return values_NBX.gather(1, index_NK[..., None].expand(-1, -1, values_NBX.shape[2]))
