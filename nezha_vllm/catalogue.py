@@ -2,7 +2,8 @@
 
 A catalogue is a folder of three files:
 
-* ``manifest.json``: format, version, codebook sizes, counts, and the size and SHA-256 of the other two files;
+* ``manifest.json``: format, version, codebook sizes, counts, the size and SHA-256 of the other two
+  files, and ``checksum``, the SHA-256 of all this (the manifest without it, as JSON with sorted keys);
 * ``items.arrow``: one row an item in an uncompressed, memory-mappable Arrow IPC file, with ``item_id`` (string),
   ``codes`` (fixed-size list of int32), ``weight`` (float32) and any metadata columns;
 * ``keys.safetensors``: ``keys`` int64 [M], the distinct semantic IDs in ascending key order (see ``semantic_id``);
@@ -20,6 +21,7 @@ import os
 import shutil
 import tempfile
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,12 +31,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from nezha_vllm.folders import publish
 from nezha_vllm.semantic_id import SemanticIdCodec
 
 FORMAT = 1
 MANIFEST, ITEMS, KEYS = "manifest.json", "items.arrow", "keys.safetensors"
+ARRAYS = ("keys", "first_row", "rows_by_id")
 RESERVED_COLUMNS = ("item_id", "codes", "weight")
 
 
@@ -51,7 +56,7 @@ class UnknownItemError(KeyError):
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Items in key order. ``keys[m]`` is the m-th semantic ID, its items are rows ``first_row[m]`` to ``first_row[m+1]``."""
+    """Items in key order; those of the m-th semantic ID, ``keys[m]``, are rows ``first_row[m]`` to ``first_row[m+1]``."""
 
     codec: SemanticIdCodec
     version: str
@@ -87,8 +92,7 @@ class Catalogue:
         metadata = dict(metadata or {})
         codec = SemanticIdCodec(codebook_sizes)
         count = len(item_ids)
-        codes = np.asarray(codes, dtype=np.int64).reshape(count, -1) if count else np.zeros((0, codec.num_levels), np.int64)
-        _check_items(item_ids, codes, codec, metadata, weights)
+        codes = _check_items(item_ids, codes, codec, metadata, weights)
         weight = np.zeros(count, np.float32) if weights is None else np.asarray(weights, np.float32)
         key = codec.key(codes)
         ids = pa.array(item_ids, pa.string())
@@ -139,7 +143,9 @@ class Catalogue:
     def row(self, item_id: str) -> int:
         """Row of an item. Raises ``UnknownItemError``."""
         ids, order = self._item_ids, self.rows_by_id
-        at = bisect_left(order, item_id.encode(), key=lambda row: ids[row].as_buffer().to_pybytes())
+        # surrogatepass: an ID that is no proper Unicode is unknown, not a crash
+        wanted = item_id.encode("utf-8", "surrogatepass")
+        at = bisect_left(order, wanted, key=lambda row: ids[row].as_buffer().to_pybytes())
         if at < len(order) and ids[int(order[at])].as_py() == item_id:
             return int(order[at])
         raise UnknownItemError(item_id)
@@ -158,15 +164,19 @@ class Catalogue:
         return {name: self.items[name][row].as_py() for name in names}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the folder; it appears complete or not at all. An existing catalogue there is replaced."""
-        folder = Path(folder)
+        """Write the folder; it appears complete or not at all. An existing catalogue there is replaced.
+
+        Raises ``CatalogueError`` rather than replace anything else.
+        """
+        folder = Path(folder).resolve()  # through a symbolic link, what it points to is replaced
+        if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
+            raise CatalogueError(f"{folder} exists and is no catalogue; name another folder, or remove it first")
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             with pa.OSFile(str(scratch / ITEMS), "wb") as sink, pa.ipc.new_file(sink, self.items.schema) as writer:
                 writer.write_table(self.items.combine_chunks())
-            arrays = {"keys": self.keys, "first_row": self.first_row, "rows_by_id": self.rows_by_id}
-            save_file(arrays, scratch / KEYS)
+            save_file({name: getattr(self, name) for name in ARRAYS}, scratch / KEYS)
             manifest = {
                 "format": FORMAT,
                 "version": self.version,
@@ -175,11 +185,10 @@ class Catalogue:
                 "num_ids": self.num_ids,
                 "files": {name: _fingerprint(scratch / name) for name in (ITEMS, KEYS)},
             }
+            manifest["checksum"] = _checksum(manifest)
             (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             scratch.chmod(0o755)
-            if folder.exists():
-                shutil.rmtree(folder)
-            scratch.rename(folder)
+            publish(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -188,43 +197,43 @@ class Catalogue:
         """Read and verify a catalogue folder; items are memory-mapped. Raises ``CatalogueError``."""
         folder = Path(folder)
         manifest = _read_manifest(folder)
-        codec = SemanticIdCodec(manifest["codebook_sizes"])
         for name in (ITEMS, KEYS):
             _check_file(folder / name, manifest["files"].get(name))
         try:
             arrays = load_file(folder / KEYS)
             with pa.memory_map(str(folder / ITEMS)) as source:
                 items = pa.ipc.open_file(source).read_all()
-            catalogue = cls(
-                codec, str(manifest["version"]), items, arrays["keys"], arrays["first_row"], arrays["rows_by_id"]
-            )
+            codec = SemanticIdCodec(manifest["codebook_sizes"])
+            catalogue = cls(codec, manifest["version"], items, *(arrays[name] for name in ARRAYS))
             catalogue._verify(manifest)
-        except CatalogueError as error:
-            raise CatalogueError(f"catalogue {folder}: {error}; {_REBUILD}") from None
-        except (KeyError, OSError, ValueError, pa.ArrowException) as error:
+        except _UNREADABLE as error:
             raise CatalogueError(f"catalogue {folder} cannot be read: {error}; {_REBUILD}") from error
         return catalogue
 
     def _verify(self, manifest: dict[str, Any]) -> None:
-        counts = (self.num_items, self.num_ids)
-        if counts != (manifest["num_items"], manifest["num_ids"]):
-            raise CatalogueError(f"{MANIFEST} promises other counts than the files hold, {counts}")
-        missing = [name for name in RESERVED_COLUMNS if name not in self.items.column_names]
-        if missing:
-            raise CatalogueError(f"{ITEMS} lacks the columns {missing}")
+        """Raise ``CatalogueError`` unless every law of the format holds; files may come from another writer."""
+        _check_keys(self.keys, manifest)
+        columns = {"item_id": pa.string(), "codes": pa.list_(pa.int32(), self.codec.num_levels), "weight": pa.float32()}
+        for name, kind in columns.items():
+            if name not in self.items.column_names or self.items[name].type != kind or self.items[name].null_count:
+                raise CatalogueError(f"{ITEMS} needs a column {name!r} of type {kind} without nulls")
+        if self.num_items != manifest["num_items"]:
+            raise CatalogueError(f"{ITEMS} has {self.num_items} items, {MANIFEST} promises {manifest['num_items']}")
         self.codec.check_codes(self.codes)
-        if self.num_ids == 0 or bool((np.diff(self.keys) <= 0).any()):
-            raise CatalogueError(f"{KEYS}: keys must be ascending and at least one")
         sizes = np.diff(self.first_row)
-        if self.first_row[0] != 0 or self.first_row[-1] != self.num_items or bool((sizes < 1).any()):
+        if len(sizes) != self.num_ids or self.first_row[0] != 0 or sizes.min() < 1 or sizes.sum() != self.num_items:
             raise CatalogueError(f"{KEYS}: first_row does not cover the items")
         if not np.array_equal(np.repeat(self.keys, sizes), self.codec.key(self.codes)):
             raise CatalogueError(f"{KEYS} and {ITEMS} disagree on the items' semantic IDs")
         if not np.array_equal(np.sort(self.rows_by_id), np.arange(self.num_items)):
             raise CatalogueError(f"{KEYS}: rows_by_id is not an order of the items")
+        sorted_ids = self._item_ids.take(pa.array(self.rows_by_id))
+        if not pc.all(pc.less(sorted_ids[:-1], sorted_ids[1:])).as_py():
+            raise CatalogueError(f"{KEYS}: rows_by_id is not in the order of item IDs, or an ID appears twice")
 
 
 _REBUILD = "write it again with Catalogue.save or `nezha tokenize`"
+_UNREADABLE = (KeyError, IndexError, OSError, ValueError, pa.ArrowException, SafetensorError)
 
 
 def load_keys(folder: str | os.PathLike[str]) -> tuple[SemanticIdCodec, str, np.ndarray]:
@@ -232,8 +241,12 @@ def load_keys(folder: str | os.PathLike[str]) -> tuple[SemanticIdCodec, str, np.
     folder = Path(folder)
     manifest = _read_manifest(folder)
     _check_file(folder / KEYS, manifest["files"].get(KEYS))
-    keys = load_file(folder / KEYS)["keys"]
-    return SemanticIdCodec(manifest["codebook_sizes"]), str(manifest["version"]), keys
+    try:
+        keys = load_file(folder / KEYS)["keys"]
+        _check_keys(keys, manifest)
+    except _UNREADABLE as error:
+        raise CatalogueError(f"{folder / KEYS} cannot be read: {error}; {_REBUILD}") from error
+    return SemanticIdCodec(manifest["codebook_sizes"]), manifest["version"], keys
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -248,14 +261,21 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise CatalogueError(f"{path}: format {manifest['format']} is not {FORMAT}, the one this version reads")
         SemanticIdCodec(manifest["codebook_sizes"])
-        absent = {"version", "num_items", "num_ids", "files"} - manifest.keys()
+        absent = {"version", "num_items", "num_ids", "files", "checksum"} - manifest.keys()
         if absent:
             raise CatalogueError(f"{path}: {sorted(absent)} missing; {_REBUILD}")
+        if manifest["checksum"] != _checksum(manifest):
+            raise CatalogueError(f"{path} is damaged: its checksum does not match; {_REBUILD}")
     except CatalogueError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OSError) as error:
         raise CatalogueError(f"{path} is damaged ({error!r}); {_REBUILD}") from error
     return manifest
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    rest = {name: value for name, value in manifest.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -266,8 +286,19 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 def _check_file(path: Path, expected: dict[str, Any] | None) -> None:
     if expected is None or not path.is_file():
         raise CatalogueError(f"{path} is missing; {_REBUILD}")
-    if _fingerprint(path) != expected:
+    try:
+        found = _fingerprint(path)
+    except OSError as error:
+        raise CatalogueError(f"{path} cannot be read: {error}") from error
+    if found != expected:
         raise CatalogueError(f"{path} is damaged: its size or checksum is not the one in {MANIFEST}; {_REBUILD}")
+
+
+def _check_keys(keys: np.ndarray, manifest: dict[str, Any]) -> None:
+    if keys.dtype != np.int64 or keys.ndim != 1 or len(keys) == 0 or bool((np.diff(keys) <= 0).any()):
+        raise CatalogueError(f"{KEYS}: keys must be int64, ascending and at least one")
+    if len(keys) != manifest["num_ids"]:
+        raise CatalogueError(f"{KEYS} has {len(keys)} semantic IDs, {MANIFEST} promises {manifest['num_ids']}")
 
 
 def _content_version(codec: SemanticIdCodec, items: pa.Table) -> str:
@@ -281,28 +312,47 @@ def _content_version(codec: SemanticIdCodec, items: pa.Table) -> str:
 
 def _check_items(
     item_ids: Sequence[str],
-    codes: np.ndarray,
+    codes: Any,
     codec: SemanticIdCodec,
     metadata: Mapping[str, Sequence[Any]],
     weights: Sequence[float] | None,
-) -> None:
-    if len(item_ids) == 0:
+) -> np.ndarray:
+    """Raise ``CatalogueError``, or return the codes as an int64 array [items, L]."""
+    count = len(item_ids)
+    if count == 0:
         raise CatalogueError("a catalogue needs at least one item")
     for row, item_id in enumerate(item_ids):
-        if not isinstance(item_id, str) or not item_id or ">" in item_id:
-            raise CatalogueError(f"item ID {item_id!r} in row {row} must be a non-empty string without '>'")
-    if len(set(item_ids)) != len(item_ids):
-        seen: set[str] = set()
-        twice = next(item_id for item_id in item_ids if item_id in seen or seen.add(item_id))
-        raise CatalogueError(f"item ID {twice!r} appears more than once")
+        if not isinstance(item_id, str) or not item_id or ">" in item_id or not _is_unicode(item_id):
+            raise CatalogueError(f"item ID {item_id!r} in row {row} must be a non-empty Unicode string without '>'")
+    if len(set(item_ids)) != count:
+        twice, times = Counter(item_ids).most_common(1)[0]
+        raise CatalogueError(f"item ID {twice!r} appears {times} times")
+    if max(codec.codebook_sizes) > 2**31:
+        raise CatalogueError(f"codes are kept as int32, but codebook sizes are {codec.codebook_sizes}")
     try:
+        codes = np.asarray(codes)
+        if codes.shape != (count, codec.num_levels) or codes.dtype.kind not in "iu":
+            raise ValueError(
+                f"codes must be integers of shape {(count, codec.num_levels)}: a row an item, a column a level; "
+                f"got {codes.dtype} of shape {codes.shape}"
+            )
         codec.check_codes(codes)
     except ValueError as error:
         raise CatalogueError(str(error)) from None
     for name, values in metadata.items():
         if name in RESERVED_COLUMNS:
             raise CatalogueError(f"metadata column {name!r} has a reserved name; rename it")
-        if len(values) != len(item_ids):
-            raise CatalogueError(f"metadata column {name!r} has {len(values)} values for {len(item_ids)} items")
-    if weights is not None and (len(weights) != len(item_ids) or not np.isfinite(np.asarray(weights, float)).all()):
-        raise CatalogueError("weights must be finite numbers, one an item")
+        if len(values) != count:
+            raise CatalogueError(f"metadata column {name!r} has {len(values)} values for {count} items")
+    if weights is not None and (len(weights) != count or not np.isfinite(np.asarray(weights, np.float32)).all()):
+        raise CatalogueError("weights must be finite float32 numbers, one an item")
+    return codes.astype(np.int64)
+
+
+def _is_unicode(text: str) -> bool:
+    """False for a lone surrogate, which JSON may carry but UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -26,7 +26,9 @@ class DraftHead(nn.Module):
     def __init__(self, hidden_size: int, codebook_sizes: Sequence[int], dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.codebook_sizes = tuple(codebook_sizes)
-        self.logit_heads = nn.ModuleList(nn.Linear(hidden_size, size, bias=False, dtype=dtype) for size in codebook_sizes)
+        self.logit_heads = nn.ModuleList(
+            nn.Linear(hidden_size, size, bias=False, dtype=dtype) for size in codebook_sizes
+        )
         inner = self.codebook_sizes[:-1]
         self.code_embeddings = nn.ModuleList(nn.Embedding(size, hidden_size, dtype=dtype) for size in inner)
         self.cells = nn.ModuleList(nn.RNNCell(hidden_size, hidden_size, dtype=dtype) for _ in inner)
@@ -41,9 +43,24 @@ class DraftHead(nn.Module):
 
     def next_state(self, level: int, state: Tensor, codes: Tensor) -> Tensor:
         """s_{l+1} [..., H] from s_l [..., H] and the codes [...] chosen at level l."""
+        return torch.tanh(self.code_drive(level, codes) + self.recurrence(level, state))
+
+    def code_drive(self, level: int, codes: Tensor) -> Tensor:
+        """The code's part of the next state before tanh, W_ih E_l[t_l] + b_ih, [..., H] for codes [...]."""
         cell = self.cells[level]
-        drive = F.linear(self.code_embeddings[level](codes), cell.weight_ih, cell.bias_ih)
-        return torch.tanh(drive + F.linear(state, cell.weight_hh, cell.bias_hh))
+        return F.linear(self.code_embeddings[level](codes), cell.weight_ih, cell.bias_ih)
+
+    def recurrence(self, level: int, state: Tensor) -> Tensor:
+        """The parent's part of the next state before tanh, W_hh s_l + b_hh, [..., H]."""
+        cell = self.cells[level]
+        return F.linear(state, cell.weight_hh, cell.bias_hh)
+
+    @torch.no_grad()
+    def code_drives(self) -> list[Tensor]:
+        """``code_drive`` of every code, per inner level [T_l, H]. Serving makes these once, when weights are loaded."""
+        device = self.logit_heads[0].weight.device
+        inner = self.codebook_sizes[:-1]
+        return [self.code_drive(level, torch.arange(size, device=device)) for level, size in enumerate(inner)]
 
     def forward(self, hidden_NSH: Tensor, codes_NL: Tensor) -> list[Tensor]:
         """Teacher-forced log-probabilities: per level a float32 tensor [N, T_l]."""
@@ -100,6 +117,7 @@ def reference_beam_search(
     keys_M: Tensor,
     widths_N: Tensor,
     stepwise_N: Tensor,
+    code_drives: Sequence[Tensor] | None = None,
 ) -> Beams:
     """Beam search over semantic IDs, obvious rather than fast. Exact: a width of M or more is brute force.
 
@@ -108,7 +126,10 @@ def reference_beam_search(
         keys_M: the catalogue's keys, int64, strictly ascending, M ≥ 1.
         widths_N: beam width of each request, int64, ≥ 1.
         stepwise_N: bool; True masks every level by catalogue prefixes, False drops invalid beams at the end.
+        code_drives: ``head.code_drives()`` kept from earlier, which halves the work; None computes what is needed.
     """
+    assert len(keys_M) >= 1, "no keys to search"
+    assert int(widths_N.min()) >= 1, "beam widths start at 1"
     codec = SemanticIdCodec(head.codebook_sizes)
     num_requests, device = len(hidden_NSH), hidden_NSH.device
     state_NBH = hidden_NSH[:, :1]
@@ -128,7 +149,9 @@ def reference_beam_search(
         log_p_NK = log_p_NBT.flatten(1).gather(1, chosen_NK)
         history_NBL = torch.cat([_gather(history_NBL, parent_NK), log_p_NK[..., None]], dim=2)
         if level + 1 < codec.num_levels:
-            state_NBH = head.next_state(level, _gather(state_NBH, parent_NK), code_NK)
+            drive_NKH = code_drives[level][code_NK] if code_drives else head.code_drive(level, code_NK)
+            # W_hh before the gather: one row a parent, which at level 1 is one row a request instead of K
+            state_NBH = torch.tanh(drive_NKH + _gather(head.recurrence(level, state_NBH), parent_NK))
     return _finish(prefix_NB, score_NB, history_NBL, keys_M)
 
 

@@ -6,12 +6,13 @@ A semantic ID is a tuple of codes (t_1 … t_L) with 0 ≤ t_l < T_l. Two intege
 * the *key*, the same digits with level 1 most significant. In key order every prefix is one contiguous range, so
   sorted arrays of keys answer prefix questions by binary search. Inside the project, arrays are in key order.
 
-Everything here works on NumPy arrays and on torch tensors alike and keeps their device.
+Everything here works on NumPy arrays (and what NumPy makes one of) and on torch tensors alike and keeps their device.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,21 +37,25 @@ def placeholder_token(level: int) -> str:
 class SemanticIdCodec:
     """Codec between codes [..., L], keys [...] and public integers [...], all int64.
 
-    Raises ``ValueError`` if there are no levels, a level is empty, or Π T_l ≥ 2^63.
+    Raises ``ValueError`` if there are no levels, a size is no positive integer, or Π T_l ≥ 2^63.
     """
 
     codebook_sizes: tuple[int, ...]
 
     def __init__(self, codebook_sizes: Sequence[int]) -> None:
-        object.__setattr__(self, "codebook_sizes", tuple(int(size) for size in codebook_sizes))
+        try:
+            sizes = tuple(operator.index(size) for size in codebook_sizes)
+        except TypeError:
+            raise ValueError(f"codebook sizes must be a list of integers, got {codebook_sizes!r}") from None
+        object.__setattr__(self, "codebook_sizes", sizes)
         if not 1 <= self.num_levels <= len(LEVEL_NAMES):
             raise ValueError(f"a semantic ID has 1 to {len(LEVEL_NAMES)} levels, got {self.num_levels}")
         if min(self.codebook_sizes) < 1:
             raise ValueError(f"every codebook size must be at least 1, got {self.codebook_sizes}")
         if self.capacity >= 2**63:
             raise ValueError(
-                f"codebook sizes {self.codebook_sizes} span {self.capacity:.3e} semantic IDs, which does not fit a "
-                "signed 64-bit integer; use fewer levels or smaller codebooks (product below 2^63)"
+                f"codebook sizes {self.codebook_sizes} span 2^{math.log2(self.capacity):.1f} semantic IDs, "
+                "which does not fit a signed 64-bit integer; use fewer levels or smaller codebooks (product below 2^63)"
             )
 
     @property
@@ -102,16 +107,28 @@ class SemanticIdCodec:
         return self._digits(keys, self.suffix_sizes)
 
     def _weighted_sum(self, codes: Any, weights: tuple[int, ...]) -> Any:
-        codes = codes.astype(np.int64) if isinstance(codes, np.ndarray) else codes.long()
+        codes = _int64(codes)
         self.check_codes(codes)
         return sum(codes[..., level] * weight for level, weight in enumerate(weights))
 
     def _digits(self, integers: Any, weights: tuple[int, ...]) -> Any:
+        integers = _int64(integers)
         if bool(((integers < 0) | (integers >= self.capacity)).any()):
-            raise ValueError(f"an integer is outside 0 … {self.capacity - 1}, the range of codebooks {self.codebook_sizes}")
+            raise ValueError(
+                f"an integer is outside 0 … {self.capacity - 1}, the range of codebooks {self.codebook_sizes}"
+            )
         digits = [integers // weight % size for weight, size in zip(weights, self.codebook_sizes, strict=True)]
         if isinstance(integers, np.ndarray):
-            return np.stack(digits, axis=-1).astype(np.int64)
+            return np.stack(digits, axis=-1)
         import torch
 
         return torch.stack(digits, dim=-1)
+
+
+def _int64(values: Any) -> Any:
+    """Integers as an int64 tensor or array: in a narrower type, products and comparisons with Π T_l would overflow."""
+    is_tensor = hasattr(values, "is_floating_point")
+    values = values if is_tensor else np.asarray(values)
+    if values.is_floating_point() if is_tensor else values.dtype.kind not in "iu":
+        raise ValueError(f"codes and semantic IDs must be integers, got {values.dtype}")
+    return values.long() if is_tensor else values.astype(np.int64)

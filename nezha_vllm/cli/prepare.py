@@ -1,0 +1,69 @@
+"""Read interaction logs into a prepared data set: one time-ordered item sequence a user, and the items' texts.
+
+  nezha prepare movielens-100k --out data/ml-100k
+  nezha prepare --recbole downloads/ml-1m --min-user 5 --min-item 5 --out data/ml-1m
+
+MovieLens 100K is read out of the Python package recbole: pip install --no-deps recbole==1.2.1
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "interaction logs -> users' item sequences"
+SOURCES = ("movielens-100k",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", nargs="?", choices=SOURCES, help="a data set that is known by name")
+    parser.add_argument("--recbole", type=Path, metavar="DIR", help="a folder of RecBole atomic files (.inter, .item)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--name", help="name of the data set (default: the source's or the folder's)")
+    parser.add_argument("--min-user", type=int, default=0, metavar="N", help="keep users with N interactions or more")
+    parser.add_argument("--min-item", type=int, default=0, metavar="N", help="keep items with N interactions or more")
+    parser.add_argument(
+        "--ties",
+        choices=("shuffle", "file"),
+        default="shuffle",
+        help="order of one user's interactions at one time: drawn from the seed, or as in the file (%(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the tie order (%(default)s)")
+    parser.add_argument(
+        "--max-broken", type=float, default=0.01, metavar="SHARE", help="stop above this share of bad lines (%(default)s)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from nezha_vllm.data import dataset, folders, movielens
+    from nezha_vllm.data.recbole import RecBoleReader
+
+    if arguments.source is None and arguments.recbole is None:
+        raise ValueError(f"nothing to read: name a source ({', '.join(SOURCES)}) or a folder with --recbole DIR")
+    folders.check_replaceable(arguments.out, dataset.MANIFEST)
+    if arguments.source == movielens.NAME:
+        reader = movielens.reader(arguments.recbole, arguments.max_broken)
+    else:
+        reader = RecBoleReader(arguments.recbole, arguments.max_broken)
+    name = arguments.name or arguments.source or arguments.recbole.resolve().name
+    prepared = dataset.prepare(
+        reader,
+        name,
+        ties=arguments.ties,
+        seed=arguments.seed,
+        min_per_user=arguments.min_user,
+        min_per_item=arguments.min_item,
+    )
+    prepared.save(arguments.out)
+
+    console = Console()
+    console.print(f"{name}: {prepared.counts} -> {arguments.out}", highlight=False, soft_wrap=True)
+    if reader.broken.skipped:
+        examples = "\n  ".join(reader.broken.examples)
+        console.print(f"skipped {reader.broken.skipped} broken lines, such as\n  {examples}", highlight=False)
+    if arguments.source == movielens.NAME and not (arguments.min_user or arguments.min_item):
+        same = prepared.counts == movielens.PUBLISHED
+        console.print("these are the published counts" if same else f"published counts differ: {movielens.PUBLISHED}")
+    return 0

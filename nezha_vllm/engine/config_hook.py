@@ -1,0 +1,106 @@
+"""Settings that a NEZHA model needs from vLLM, made once in every process that builds a configuration.
+
+vLLM calls both methods through ``MODELS_CONFIG_MAP`` before it derives anything from the configuration, so the string
+slots (worker, scheduler) and switches set here are as if the user had given them. What cannot work is refused here.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from packaging.version import Version
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+SUPPORTED = (Version("0.26"), Version("0.34"))
+SCHEDULER = "nezha_vllm.engine.scheduler.make_scheduler"
+CPU_WORKER = "nezha_vllm.engine.worker.NezhaCPUWorker"
+GPU_WORKER = "nezha_vllm.engine.worker.NezhaGPUWorker"
+
+
+class NezhaConfigHook:
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        from nezha_vllm.engine.registration import TOKENIZER_MODE
+
+        check_vllm_version()
+        if model_config.tokenizer_mode not in ("auto", "hf", TOKENIZER_MODE):
+            raise ValueError(f"--tokenizer-mode {model_config.tokenizer_mode} does not work with NEZHA: leave it out")
+        if model_config.skip_tokenizer_init:
+            raise ValueError("--skip-tokenizer-init does not work with NEZHA: prompts and answers need the tokenizer")
+        model_config.tokenizer_mode = TOKENIZER_MODE
+        # sampling defaults of a pretrained backbone (temperature, penalties) mean nothing to a beam search
+        model_config.generation_config = "vllm"
+        model_config.disable_cascade_attn = True
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        from vllm.platforms import current_platform
+
+        from nezha_vllm.frontend.install import install
+        from nezha_vllm.frontend.service import Service
+
+        refuse_unsupported(vllm_config)
+        parallel = vllm_config.parallel_config
+        worker = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
+        if parallel.worker_cls not in ("auto", worker):
+            raise ValueError(f"--worker-cls {parallel.worker_cls} does not work with NEZHA: leave it out")
+        parallel.worker_cls = worker
+        scheduler = vllm_config.scheduler_config
+        if scheduler.scheduler_cls not in (None, SCHEDULER):
+            raise ValueError(f"--scheduler-cls {scheduler.scheduler_cls} does not work with NEZHA: leave it out")
+        scheduler.scheduler_cls = SCHEDULER
+        keep_prompt_tail_whole(vllm_config)
+        install(Service.load(vllm_config))
+
+
+def check_vllm_version() -> None:
+    """Raise ``ValueError`` outside the range the plugin was tested with."""
+    import vllm
+
+    version = Version(vllm.__version__)
+    if not SUPPORTED[0] <= version < SUPPORTED[1]:
+        raise ValueError(
+            f"nezha-vllm works with vLLM {SUPPORTED[0]} to {SUPPORTED[1]} (exclusive), this is {version}: "
+            'install a supported one, for example `pip install "vllm==0.32.0"`'
+        )
+
+
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Raise ``ValueError`` that names the flag for every vLLM feature that cannot work with one prefill and no decoding."""
+    model = vllm_config.model_config
+    refusals = [
+        (model.runner_type != "generate", "--runner pooling: NEZHA answers completions, leave the flag out"),
+        (vllm_config.speculative_config, "--speculative-config: NEZHA has no decode steps to speculate on, remove it"),
+        (vllm_config.kv_transfer_config, "--kv-transfer-config: external prefix hits may cover placeholders, remove it"),
+        (vllm_config.lora_config, "--enable-lora: the draft head belongs to one set of weights, remove it"),
+        (getattr(model, "enable_prompt_embeds", False), "--enable-prompt-embeds: prompts are text or token ids, remove it"),
+        (os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
+         "VLLM_USE_RUST_FRONTEND: the Rust front end cannot return items, unset it"),
+        (vllm_config.parallel_config.pipeline_parallel_size > 1,
+         "--pipeline-parallel-size: use --tensor-parallel-size or --data-parallel-size instead"),
+    ]  # fmt: skip
+    for found, message in refusals:
+        if found:
+            raise ValueError(f"not supported with a NEZHA model: {message}")
+
+
+def keep_prompt_tail_whole(vllm_config: VllmConfig) -> None:
+    """Make sure the last L + 1 tokens of a prompt can be, and are, computed in one step."""
+    tail = vllm_config.model_config.hf_config.num_levels + 1
+    scheduler = vllm_config.scheduler_config
+    limits = {
+        "--max-num-batched-tokens": scheduler.max_num_batched_tokens,
+        "--long-prefill-token-threshold": scheduler.long_prefill_token_threshold or tail,
+        "--max-model-len": vllm_config.model_config.max_model_len - 1,
+    }
+    for flag, limit in limits.items():
+        if limit < tail:
+            raise ValueError(f"{flag} is too small: the {tail} last tokens of a prompt are computed in one step")
+    if not hasattr(type(vllm_config), "num_prefill_lookahead_tokens"):  # vLLM < 0.32 cannot reserve a prompt's tail
+        scheduler.enable_chunked_prefill = False
+        scheduler.max_num_batched_tokens = max(
+            scheduler.max_num_batched_tokens, vllm_config.model_config.max_model_len
+        )

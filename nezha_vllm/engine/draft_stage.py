@@ -1,0 +1,76 @@
+"""The step behind the backbone: hidden states of a batch in, one payload row a request out. Shared by both runners."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+
+from nezha_vllm import payload
+from nezha_vllm.beam import BeamSearch
+from nezha_vllm.catalogue import load_keys
+from nezha_vllm.draft_head import DraftHead
+from nezha_vllm.engine.settings import ServerSettings
+
+REQUEST_KEY = "nezha"
+
+
+@dataclass(frozen=True)
+class Search:
+    """One request's part of the search, as the API process sends it in ``SamplingParams.extra_args["nezha"]``."""
+
+    num_ids: int
+    beam_width: int
+    stepwise: bool
+
+    @classmethod
+    def of(cls, extra_args: Mapping[str, Any] | None) -> Search | None:
+        """None for vLLM's own warm-up requests, which carry no options."""
+        options = (extra_args or {}).get(REQUEST_KEY)
+        return None if options is None else cls(**options)
+
+
+class DraftStage:
+    """Runs the beam search over the catalogue that the server's settings name."""
+
+    def __init__(self, head: DraftHead, vllm_config: VllmConfig) -> None:
+        settings = ServerSettings.from_vllm(vllm_config)
+        codec, self.catalogue_version, keys = load_keys(settings.catalogue)
+        assert codec.codebook_sizes == head.codebook_sizes, "the config hook compares them at start-up"
+        self.num_states = head.num_levels + 1
+        self.beam_search = BeamSearch(head, torch.from_numpy(keys).to(head.logit_heads[0].weight.device))
+
+    def widen(self, last_N: Tensor) -> Tensor:
+        """Rows of the L + 1 states of each request from the row of its last token, [N] → [N · (L + 1)]."""
+        offsets = torch.arange(1 - self.num_states, 1, dtype=last_N.dtype, device=last_N.device)
+        return (last_N[:, None] + offsets).clamp_min(0).flatten()
+
+    def __call__(self, states: Tensor, searches: Sequence[Search | None]) -> payload.Payload:
+        """Search the requests that have one; the others get an empty row.
+
+        Args:
+            states: [N · (L + 1), H], or [N, H] in vLLM's own dummy runs.
+            searches: one a request; None where this step finishes no prompt.
+        """
+        num_requests = len(searches)
+        rows = [row for row, search in enumerate(searches) if search is not None]
+        if not rows:
+            return payload.empty(num_requests, states.device)
+        active = [search for search in searches if search is not None]
+        hidden_NSH = states.view(num_requests, self.num_states, -1)
+        if len(rows) < num_requests:
+            hidden_NSH = hidden_NSH[torch.tensor(rows, device=states.device)]
+        beams = self.beam_search(hidden_NSH, [s.beam_width for s in active], [s.stepwise for s in active])
+        packed = payload.pack(beams, max(search.num_ids for search in active))
+        if len(rows) == num_requests:
+            return packed
+        target = torch.tensor(rows, device=states.device)
+        return payload.Payload(*(_scatter(tensor, target, num_requests) for tensor in packed))
+
+
+def _scatter(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, rows, values)

@@ -1,0 +1,64 @@
+"""vLLM's models with a draft head: the backbone runs unchanged, ``compute_logits`` hands its hidden states on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+from nezha_vllm.draft_head import DraftHead
+
+HEAD = "draft_head."
+
+
+class _WithDraftHead(nn.Module):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config = vllm_config.model_config.hf_config
+        # float32 whatever the backbone's dtype: the head is small and its scores decide the order of items
+        self.draft_head = DraftHead(config.hidden_size, config.codebook_sizes, dtype=torch.float32)
+        self.draft_head.requires_grad_(False)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states as they are: the sampler of this model reads states, not logits."""
+        return hidden_states
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        head: dict[str, Tensor] = {}
+
+        def backbone() -> Iterable[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                if name.startswith(HEAD):
+                    head[name.removeprefix(HEAD)] = tensor
+                else:
+                    yield name, tensor
+
+        loaded = super().load_weights(backbone())
+        expected = {name: tuple(tensor.shape) for name, tensor in self.draft_head.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in head.items()}
+        if found != expected:
+            wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise ValueError(
+                f"model.safetensors: draft head weights {wrong} are missing, unexpected or of another shape than "
+                "config.json's codebook_sizes and hidden_size ask for; make the checkpoint anew with `nezha train`"
+            )
+        self.draft_head.load_state_dict(head)
+        return loaded | {HEAD + name for name in head}
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        from nezha_vllm.engine.model_state import NezhaModelState
+
+        return NezhaModelState
+
+
+class NezhaLlamaForCausalLM(_WithDraftHead, LlamaForCausalLM):
+    pass
+
+
+class NezhaQwen3ForCausalLM(_WithDraftHead, Qwen3ForCausalLM):
+    pass

@@ -1,0 +1,52 @@
+"""What a running server needs to know beyond vLLM's own configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nezha_vllm.config import VALIDITY_MODES, NezhaConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+OPTIONS = ("catalogue", "beam_width", "max_beam_width", "validity")
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Defaults from the checkpoint's ``config.json``, overridden by ``--additional-config '{"nezha": {…}}'``."""
+
+    catalogue: Path
+    beam_width: int
+    max_beam_width: int
+    validity: str
+
+    @classmethod
+    def from_vllm(cls, vllm_config: VllmConfig) -> ServerSettings:
+        """Raises ``ValueError`` that names the wrong option or field and the remedy."""
+        config: NezhaConfig = vllm_config.model_config.hf_config
+        config.check()
+        options = (vllm_config.additional_config or {}).get("nezha", {})
+        unknown = sorted(set(options) - set(OPTIONS))
+        if unknown:
+            raise ValueError(f"--additional-config: nezha options {unknown} are unknown; there are {list(OPTIONS)}")
+        values = {name: options.get(name, getattr(config, name)) for name in OPTIONS}
+        widths = (values["beam_width"], values["max_beam_width"])
+        if not all(type(width) is int for width in widths) or not 1 <= widths[0] <= widths[1]:
+            raise ValueError(f"need integers 1 ≤ beam_width ≤ max_beam_width, got {widths[0]!r} and {widths[1]!r}")
+        if values["validity"] not in VALIDITY_MODES:
+            raise ValueError(f"validity is {values['validity']!r}, must be one of {VALIDITY_MODES}")
+        model = vllm_config.model_config.model
+        values["catalogue"] = _resolve(str(values["catalogue"]), model, vllm_config.model_config.revision)
+        return cls(**values)
+
+
+def _resolve(catalogue: str, model: str, revision: str | None) -> Path:
+    """Folder of the catalogue: absolute, inside the local checkpoint, or inside a checkpoint on a hub."""
+    if Path(catalogue).is_absolute() or Path(model).is_dir():
+        return Path(model, catalogue)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, revision=revision, allow_patterns=f"{catalogue}/*"), catalogue)

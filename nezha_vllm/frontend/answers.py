@@ -1,0 +1,124 @@
+"""Answers out: one engine output becomes n choices, one catalogue item each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput
+from vllm.v1.engine import FinishReason
+from vllm.v1.engine.output_processor import RequestState
+
+from nezha_vllm.frontend.options import Plan
+from nezha_vllm.payload import RankedIds, unpack
+from nezha_vllm.semantic_id import code_token
+
+
+@dataclass
+class RecommendedItem(CompletionOutput):
+    """One choice: ``text`` is the item's ID, ``cumulative_logprob`` its score, ``token_ids`` its L code tokens."""
+
+    semantic_id: tuple[int, ...] = ()
+    catalogue_version: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of a request; ``reason`` says why there are fewer items than asked for, else None."""
+
+    requested: int
+    returned: int
+    beam_width: int
+    valid_beams: int
+    drafted_beams: int
+    catalogue_version: str
+    reason: str | None
+
+
+def recommend(plan: Plan, ids: RankedIds) -> tuple[list[RecommendedItem], Summary]:
+    """The n best items of the ranked semantic IDs; items that share one follow each other in the catalogue's order."""
+    catalogue = plan.service.catalogue
+    items: list[RecommendedItem] = []
+    for index, log_probs in zip(ids.index.tolist(), ids.log_probs.tolist(), strict=True):
+        codes = catalogue.codec.codes_of_key(catalogue.keys[index : index + 1])[0].tolist()
+        token_ids = plan.service.code_token_ids(codes)
+        for row in catalogue.rows_of_index(index)[: plan.n - len(items)]:
+            items.append(
+                RecommendedItem(
+                    index=len(items),
+                    text=catalogue.item_id(row),
+                    token_ids=token_ids,
+                    cumulative_logprob=sum(log_probs),
+                    logprobs=_logprobs(token_ids, codes, log_probs) if plan.with_logprobs else None,
+                    finish_reason="stop",
+                    semantic_id=tuple(codes),
+                    catalogue_version=catalogue.version,
+                )
+            )
+    return items, _summary(plan, ids, len(items))
+
+
+def _logprobs(token_ids: list[int], codes: list[int], log_probs: list[float]) -> list[dict[int, Logprob]]:
+    levels = enumerate(zip(token_ids, codes, log_probs, strict=True))
+    return [{token: Logprob(value, decoded_token=code_token(level, code))} for level, (token, code, value) in levels]
+
+
+def _summary(plan: Plan, ids: RankedIds, returned: int) -> Summary:
+    reason = None
+    if returned < plan.n:
+        reason = (
+            f"{ids.num_valid} of {ids.num_drafted} finished beams are catalogue items; "
+            + ("send validity=stepwise or a larger beam_width" if plan.validity == "final" else "the catalogue has no more")
+        )  # fmt: skip
+    version = plan.service.catalogue.version
+    return Summary(plan.n, returned, plan.beam_width, ids.num_valid, ids.num_drafted, version, reason)
+
+
+class _PayloadSink:
+    """Stands where vLLM keeps a request's logprobs processor and catches the payload instead."""
+
+    logprobs = prompt_logprobs = prompt_token_id_logprobs = cumulative_logprob = None
+    payload: Any = None
+
+    def update_from_output(self, output: Any) -> None:
+        if output.new_logprobs is not None:
+            self.payload = output.new_logprobs
+
+    def pop_prompt_logprobs(self) -> None:
+        return None
+
+    def pop_prompt_token_id_logprobs(self) -> None:
+        return None
+
+
+class NezhaRequestState(RequestState):
+    """A request's state in the API process; vLLM makes it and :func:`adopt` changes its class."""
+
+    plan: Plan
+
+    def make_request_output(
+        self, new_token_ids: Any, pooling_output: Any, finish_reason: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        sink = self.logprobs_processor
+        if finish_reason in (FinishReason.ABORT, FinishReason.ERROR) or sink.payload is None:
+            return super().make_request_output(new_token_ids, pooling_output, finish_reason, *args, **kwargs)
+        token_ids, log_probs, ranks, *_ = sink.payload
+        ranked = unpack(token_ids[0], log_probs[0], ranks[0], self.plan.service.num_levels)
+        items, summary = recommend(self.plan, ranked)
+        # vLLM reads outputs[0] while building, and there may be no item: hand it one and put the items in afterwards
+        output = self._new_request_output(self.external_req_id, [_NO_ITEM], True)
+        output.outputs = items
+        output.nezha = summary
+        return output
+
+
+_NO_ITEM = CompletionOutput(index=0, text="", token_ids=[], cumulative_logprob=None, logprobs=None)
+
+
+def adopt(state: RequestState, plan: Plan) -> RequestState:
+    """Make a fresh request state ours."""
+    state.__class__ = NezhaRequestState
+    state.plan = plan
+    state.logprobs_processor = _PayloadSink()
+    return state

@@ -1,0 +1,71 @@
+"""``/v1/completions``: what HTTP adds to a request and to its answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from nezha_vllm.frontend.answers import RecommendedItem
+from nezha_vllm.frontend.errors import bad_request
+from nezha_vllm.frontend.options import OPTIONS, check_options
+
+CHAT_REFUSAL = (
+    "chat and responses are not offered by a generative recommender: send the user's history to /v1/completions, "
+    'for example {"prompt": "<item:ID><item:ID>", "n": 10}'
+)
+
+
+def prepare(request: Any) -> Any:
+    """A ``CompletionRequest`` in terms of a beam search over items. Raises a 400 for what has no meaning there.
+
+    ``use_beam_search`` asks vLLM for n beams and returns them all: so does this. Temperature has no effect on a ranking,
+    yet vLLM refuses temperature 0 with n > 1, so it is dropped; one token is all the engine has to generate.
+    """
+    for name in ("echo", "suffix", "prompt_embeds"):
+        if getattr(request, name, None):
+            raise bad_request(name, "does not work with catalogue items; leave it out")
+    if request.response_format is not None and request.response_format.type != "text":
+        raise bad_request("response_format", "structured outputs do not work with catalogue items; leave it out")
+    options = dict(request.vllm_xargs or {})
+    check_options(options)
+    if request.use_beam_search and "beam_width" not in options:
+        options["beam_width"] = request.n
+    changes = {"use_beam_search": False, "temperature": None, "max_tokens": 1, "min_tokens": 0, "stream_interval": None}
+    known = {name: value for name, value in changes.items() if name in type(request).model_fields}
+    return request.model_copy(update={**known, "vllm_xargs": {name: options[name] for name in OPTIONS if name in options}})
+
+
+def extra_fields(item: RecommendedItem) -> dict[str, Any]:
+    """Fields of a choice beyond OpenAI's; clients that do not know them keep them."""
+    return {
+        "score": item.cumulative_logprob,
+        "semantic_id": list(item.semantic_id),
+        "catalogue_version": item.catalogue_version,
+    }
+
+
+def annotate_response(response: Any, results: Sequence[Any], n: int) -> Any:
+    """Add scores to a ``CompletionResponse``; choice i of prompt p keeps the index p · n + i even if some are missing."""
+    items = [(prompt, item) for prompt, result in enumerate(results) for item in result.outputs]
+    for choice, (prompt, item) in zip(response.choices, items, strict=True):
+        choice.index = prompt * n + item.index
+        for name, value in extra_fields(item).items():
+            setattr(choice, name, value)
+    response.nezha = [asdict(result.nezha) for result in results]
+    return response
+
+
+async def annotate_stream(lines: AsyncIterator[str], items: dict[int, RecommendedItem]) -> AsyncIterator[str]:
+    """Add the same fields to server-sent events; ``items`` is filled while the stream runs, keyed by choice index."""
+    async for line in lines:
+        body = line.removeprefix("data: ").strip()
+        if not body.startswith("{"):
+            yield line
+            continue
+        chunk = json.loads(body)
+        for choice in chunk.get("choices", []):
+            if (item := items.get(choice["index"])) is not None:
+                choice.update(extra_fields(item))
+        yield f"data: {json.dumps(chunk)}\n\n"

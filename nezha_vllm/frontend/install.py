@@ -1,0 +1,191 @@
+"""Every change to vLLM's own classes, in one place, each with a check that fails loudly when vLLM has changed.
+
+vLLM has no first-class way to turn one engine request into n choices, so four classes of the API process are wrapped.
+Each wrapper passes requests of other models through untouched. Nothing is changed until a NEZHA model is served.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from nezha_vllm.frontend.service import Service, service_of
+
+_INSTALLED: set[tuple[type, str]] = set()
+
+
+class VllmChangedError(RuntimeError):
+    """A function of vLLM that we wrap is gone or takes other arguments."""
+
+
+def install(service: Service) -> None:
+    """Wrap vLLM's API classes once in this process. Raises ``VllmChangedError`` before anything is changed."""
+    wrappers = _wrappers()
+    for owner, name, arguments, _ in wrappers:
+        probe(owner, name, arguments)
+    for owner, name, _, wrapper in wrappers:
+        if (owner, name) not in _INSTALLED:
+            original = inspect.getattr_static(owner, name)
+            function = original.__func__ if isinstance(original, classmethod) else original
+            wrapped = functools.wraps(function)(wrapper(function))
+            setattr(owner, name, classmethod(wrapped) if isinstance(original, classmethod) else wrapped)
+            _INSTALLED.add((owner, name))
+
+
+def probe(owner: type, name: str, arguments: tuple[str, ...]) -> None:
+    """Check that ``owner.name`` exists and its first arguments are the ones our wrapper counts on."""
+    import vllm
+
+    function = getattr(owner, name, None)
+    place = f"{owner.__module__}.{owner.__qualname__}.{name}"
+    remedy = f"vLLM {vllm.__version__} has changed; install a tested version or report this to nezha-vllm"
+    if function is None:
+        raise VllmChangedError(f"{place} is gone: {remedy}")
+    found = [argument for argument in inspect.signature(function).parameters if argument not in ("self", "cls")]
+    if tuple(found[: len(arguments)]) != arguments:
+        raise VllmChangedError(f"{place} takes {found}, expected it to begin with {list(arguments)}: {remedy}")
+
+
+def _wrappers() -> list[tuple[type, str, tuple[str, ...], Callable[[Callable[..., Any]], Callable[..., Any]]]]:
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.output_processor import RequestState
+
+    build_response = ("final_res_batch", "request")
+    stream = ("request", "engine_inputs", "result_generator")
+    return [
+        (InputProcessor, "process_inputs", ("request_id", "prompt", "params"), _process_inputs),
+        (RequestState, "from_new_request", ("tokenizer", "request"), _from_new_request),
+        (OpenAIServingCompletion, "create_completion", ("request", "raw_request"), _create_completion),
+        (OpenAIServingCompletion, "request_output_to_completion_response", build_response, _build_response),
+        (OpenAIServingCompletion, "completion_stream_generator", stream, _stream),
+        (OpenAIServingChat, "create_chat_completion", ("request", "raw_request"), _refuse_chat),
+        (OpenAIServingResponses, "create_responses", ("request", "raw_request"), _refuse_chat),
+        (BeamSearchOfflineMixin, "beam_search", ("prompts", "params"), _beam_search_offline),
+    ]
+
+
+def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Check the options, complete the prompt, and send the engine the little it needs."""
+    from vllm import SamplingParams
+
+    from nezha_vllm.engine.draft_stage import REQUEST_KEY
+    from nezha_vllm.frontend.options import make_plan
+    from nezha_vllm.frontend.prompts import complete_prompt
+
+    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        service = service_of(self.model_config)
+        if service is None or not isinstance(params, SamplingParams):
+            return original(self, request_id, prompt, params, *args, **kwargs)
+        plan = make_plan(service, params)
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        request.prompt_token_ids = complete_prompt(request.prompt_token_ids, service)
+        request.sampling_params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            logprobs=0,  # opens the channel that the payload travels through
+            detokenize=False,
+            output_kind=params.output_kind,
+            extra_args={REQUEST_KEY: plan.search()},
+            skip_clone=True,
+        )
+        request.sampling_params.nezha_plan = plan  # a plain attribute: stays in this process
+        return request
+
+    return process_inputs
+
+
+def _from_new_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Give our requests a state that turns one engine output into n choices."""
+    from nezha_vllm.frontend.answers import adopt
+
+    def from_new_request(cls: type, tokenizer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        state = original(cls, tokenizer, request, *args, **kwargs)
+        plan = getattr(request.sampling_params, "nezha_plan", None)
+        return state if plan is None else adopt(state, plan)
+
+    return from_new_request
+
+
+def _create_completion(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse what cannot work before a stream is opened, so that it is a 400 and not an event."""
+    from vllm.exceptions import VLLMValidationError
+
+    from nezha_vllm.frontend.completions import prepare
+    from nezha_vllm.frontend.options import make_plan
+
+    async def create_completion(self: Any, request: Any, raw_request: Any = None) -> Any:
+        service = service_of(self.model_config)
+        if service is None:
+            return await original(self, request, raw_request)
+        try:
+            request = prepare(request)
+            make_plan(service, request.to_sampling_params(1, {}))
+        except (ValueError, VLLMValidationError) as error:
+            return self.create_error_response(error)
+        return await original(self, request, raw_request)
+
+    return create_completion
+
+
+def _build_response(original: Callable[..., Any]) -> Callable[..., Any]:
+    from nezha_vllm.frontend.completions import annotate_response
+
+    def request_output_to_completion_response(
+        self: Any, final_res_batch: Any, request: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        response = original(self, final_res_batch, request, *args, **kwargs)
+        return response if service_of(self.model_config) is None else annotate_response(
+            response, final_res_batch, request.n
+        )
+
+    return request_output_to_completion_response
+
+
+def _stream(original: Callable[..., Any]) -> Callable[..., Any]:
+    from nezha_vllm.frontend.completions import annotate_stream
+
+    def completion_stream_generator(
+        self: Any, request: Any, engine_inputs: Any, result_generator: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if service_of(self.model_config) is None:
+            return original(self, request, engine_inputs, result_generator, *args, **kwargs)
+        items: dict[int, Any] = {}
+
+        async def recorded() -> Any:
+            async for prompt, result in result_generator:
+                items.update({prompt * request.n + item.index: item for item in result.outputs})
+                yield prompt, result
+
+        return annotate_stream(original(self, request, engine_inputs, recorded(), *args, **kwargs), items)
+
+    return completion_stream_generator
+
+
+def _refuse_chat(original: Callable[..., Any]) -> Callable[..., Any]:
+    from nezha_vllm.frontend.completions import CHAT_REFUSAL
+    from nezha_vllm.frontend.errors import bad_request
+
+    async def refuse(self: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if service_of(self.model_config) is None:
+            return await original(self, request, raw_request, *args, **kwargs)
+        return self.create_error_response(bad_request("messages", CHAT_REFUSAL))
+
+    return refuse
+
+
+def _beam_search_offline(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``LLM.beam_search`` with one prefill instead of a request per beam and token."""
+    from nezha_vllm.frontend.offline import beam_search
+
+    def beam_search_or_original(self: Any, prompts: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        if service_of(self.llm_engine.model_config) is None:
+            return original(self, prompts, params, *args, **kwargs)
+        return beam_search(self, prompts, params, *args, **kwargs)
+
+    return beam_search_or_original

@@ -1,0 +1,86 @@
+"""Request options: what a client may ask of a search, and what of vLLM's own options cannot be honoured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nezha_vllm.config import VALIDITY_MODES
+from nezha_vllm.frontend.errors import bad_request
+from nezha_vllm.frontend.service import Service
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+OPTIONS = ("beam_width", "validity")
+NO_SAMPLING = "has no meaning for catalogue items, which are ranked and not sampled; leave it out"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One request, checked: n items out of ``beam_width`` beams."""
+
+    service: Service
+    n: int
+    beam_width: int
+    validity: str
+    with_logprobs: bool
+
+    def search(self) -> dict[str, Any]:
+        """What the engine needs of it (``engine.draft_stage.Search``). n items lie on n semantic IDs at most."""
+        return {"num_ids": self.n, "beam_width": self.beam_width, "stepwise": self.validity == "stepwise"}
+
+
+def make_plan(service: Service, params: SamplingParams) -> Plan:
+    """Check ``SamplingParams`` against the service. Raises a 400 that names the parameter."""
+    refuse_sampling_options(params)
+    options = params.extra_args or {}
+    n = params.n
+    check_options(options)
+    beam_width = options.get("beam_width", service.settings.beam_width)
+    limit = service.settings.max_beam_width
+    if beam_width > limit:
+        raise bad_request("beam_width", f"{beam_width} is over this server's maximum of {limit}; send at most {limit}")
+    if n > beam_width:
+        raise bad_request("n", f"{n} items were asked for but beam_width is {beam_width}; lower n or raise beam_width")
+    validity = options.get("validity", service.settings.validity)
+    return Plan(service, n, beam_width, validity, params.logprobs is not None)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check names and types of ``vllm_xargs`` (``extra_args`` offline)."""
+    for name in options:
+        if name not in OPTIONS:
+            raise bad_request(name, f"is not an option; vllm_xargs takes {', '.join(OPTIONS)}")
+    beam_width = options.get("beam_width", 1)
+    if type(beam_width) is not int or beam_width < 1:
+        raise bad_request("beam_width", f"must be a whole number of at least 1, got {beam_width!r}")
+    validity = options.get("validity", "final")
+    if validity not in VALIDITY_MODES:
+        raise bad_request("validity", f"must be one of {', '.join(VALIDITY_MODES)}, got {validity!r}")
+
+
+def refuse_sampling_options(params: SamplingParams) -> None:
+    """Refuse what would be silently ignored though its sender counts on it.
+
+    Temperature, top-p, top-k, min-p, seed and max_tokens are accepted and have no effect: clients send them by default.
+    """
+    neutral = {
+        "presence_penalty": (None, 0, 0.0),
+        "frequency_penalty": (None, 0, 0.0),
+        "repetition_penalty": (None, 1, 1.0),
+        "stop": (None, "", []),
+        "stop_token_ids": (None, []),
+        "bad_words": (None, []),
+        "logit_bias": (None, {}),
+        "allowed_token_ids": (None, []),
+        "structured_outputs": (None,),
+        "prompt_logprobs": (None,),
+        "logprob_token_ids": (None, []),
+        "logits_processors": (None, []),
+    }
+    for name, harmless in neutral.items():
+        value = getattr(params, name, None)
+        if value not in harmless:
+            raise bad_request(name, NO_SAMPLING if name != "prompt_logprobs" else "is not computed; leave it out")

@@ -1,0 +1,76 @@
+"""Prompts in: ``<item:ID>`` becomes codes, placeholders are appended, what cannot be answered is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from nezha_vllm.catalogue import UnknownItemError
+from nezha_vllm.frontend.errors import bad_request
+from nezha_vllm.frontend.service import Service
+from nezha_vllm.semantic_id import LEVEL_NAMES, code_token, placeholder_token
+
+ITEM = re.compile(r"<item:([^>]*)>")
+CODE = re.compile(r"<([a-z])_(\d+)>")
+
+
+def expand_items(text: str, service: Service) -> str:
+    """Replace every ``<item:ID>`` by the item's code tokens, drop trailing placeholders, check every code.
+
+    Raises a 400 for an item the catalogue does not hold and for a code or level that does not exist.
+    """
+
+    def codes(match: re.Match[str]) -> str:
+        try:
+            found = service.catalogue.codes_of(match[1])
+        except UnknownItemError as error:
+            raise bad_request("prompt", f"{error}; leave it out or publish a catalogue that holds it") from None
+        return "".join(code_token(level, code) for level, code in enumerate(found))
+
+    _check_codes(text, service)
+    placeholders = "".join(placeholder_token(level) for level in range(service.num_levels))
+    return ITEM.sub(codes, text).rstrip().removesuffix(placeholders)
+
+
+def _check_codes(text: str, service: Service) -> None:
+    sizes = service.catalogue.codec.codebook_sizes
+    for match in CODE.finditer(text):
+        level = LEVEL_NAMES.index(match[1])
+        if level >= len(sizes):
+            last = LEVEL_NAMES[len(sizes) - 1]
+            raise bad_request("prompt", f"code {match[0]} names a level that does not exist; levels are a to {last}")
+        if int(match[2]) >= sizes[level]:
+            raise bad_request("prompt", f"code {match[0]} is out of range: level {match[1]} has 0 to {sizes[level] - 1}")
+
+
+def strip_placeholders(token_ids: Sequence[int], service: Service) -> list[int]:
+    """The prompt without the placeholders that a client may have appended itself."""
+    tail = len(token_ids) - service.num_levels
+    complete = tuple(token_ids[tail:]) == service.placeholder_token_ids if tail >= 0 else False
+    return list(token_ids[:tail] if complete else token_ids)
+
+
+def complete_prompt(token_ids: Sequence[int], service: Service) -> list[int]:
+    """History tokens and the L placeholders, nothing else. A prompt that already ends with them is left alone.
+
+    Raises a 400 for a prompt that is empty, too long, or has placeholders anywhere but at its end.
+    """
+    history = strip_placeholders(token_ids, service)
+    if not history:
+        raise bad_request("prompt", "is empty; send at least one item of the user's history, such as <item:ID>")
+    if len(history) > service.max_prompt_tokens:
+        raise too_long(len(history), service)
+    if not set(service.placeholder_token_ids).isdisjoint(history):
+        raise bad_request("prompt", "has a placeholder before its end; leave placeholders out, the server appends them")
+    return [*history, *service.placeholder_token_ids]
+
+
+def too_long(length: int | None, service: Service) -> ValueError:
+    """The error for a prompt that does not fit beside its placeholders."""
+    has = "is too long" if length is None else f"has {length} tokens"
+    return bad_request(
+        "prompt",
+        f"{has}; this server takes {service.max_prompt_tokens} (max_model_len {service.max_model_len} less "
+        f"{service.num_levels} placeholders and one generated token). Send fewer items of the history, or "
+        'truncate_prompt_tokens with truncation_side "left"',
+    )

@@ -1,0 +1,66 @@
+"""vLLM's renderer with NEZHA prompts: the first-class place where text and token ids become an engine's input."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.hf import HfRenderer
+
+from nezha_vllm.frontend.prompts import complete_prompt, expand_items, strip_placeholders, too_long
+from nezha_vllm.frontend.service import Service, service_of
+from nezha_vllm.semantic_id import code_token, placeholder_token
+
+
+class NezhaRenderer(HfRenderer):
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        super().__init__(config, tokenizer)
+        service = service_of(config.model_config)
+        assert service is not None, "the config hook loads the service before any renderer is made"
+        self.service = service
+        check_tokenizer(tokenizer, service, config.model_config.tokenizer)
+
+    def tokenize_prompt(self, prompt: Any, params: Any) -> Any:
+        try:
+            tokens = super().tokenize_prompt(self._history(prompt), self._limits(params))
+        except VLLMValidationError as error:
+            raise self._explain(error) from None
+        return self._complete(tokens)
+
+    async def tokenize_prompt_async(self, prompt: Any, params: Any) -> Any:
+        try:
+            tokens = await super().tokenize_prompt_async(self._history(prompt), self._limits(params))
+        except VLLMValidationError as error:
+            raise self._explain(error) from None
+        return self._complete(tokens)
+
+    def _history(self, prompt: Any) -> Any:
+        if "prompt_token_ids" in prompt:
+            return {**prompt, "prompt_token_ids": strip_placeholders(prompt["prompt_token_ids"], self.service)}
+        return {**prompt, "prompt": expand_items(prompt["prompt"], self.service)} if "prompt" in prompt else prompt
+
+    def _limits(self, params: Any) -> Any:
+        return replace(params, max_total_tokens=self.service.max_prompt_tokens, max_output_tokens=0)
+
+    def _explain(self, error: VLLMValidationError) -> Exception:
+        length = {"input_text": None, "input_tokens": error.value}
+        return too_long(length[error.parameter], self.service) if error.parameter in length else error
+
+    def _complete(self, tokens: Any) -> Any:
+        return {**tokens, "prompt_token_ids": complete_prompt(tokens["prompt_token_ids"], self.service)}
+
+
+def check_tokenizer(tokenizer: Any, service: Service, folder: str) -> None:
+    """Compare the tokenizer with ``config.json``. Raises ``ValueError`` naming the first token that differs."""
+    expected = {placeholder_token(level): token_id for level, token_id in enumerate(service.placeholder_token_ids)}
+    sizes = service.catalogue.codec.codebook_sizes
+    for level, (offset, size) in enumerate(zip(service.code_token_offsets, sizes, strict=True)):
+        expected |= {code_token(level, 0): offset, code_token(level, size - 1): offset + size - 1}
+    vocabulary = tokenizer.get_vocab()
+    for token, token_id in expected.items():
+        if vocabulary.get(token) != token_id:
+            raise ValueError(
+                f"tokenizer of {folder}: token {token} has id {vocabulary.get(token)}, config.json says {token_id}; "
+                "keep tokenizer and config.json of one checkpoint together, or make it anew with `nezha init`"
+            )

@@ -1,0 +1,165 @@
+"""NEZHA on the transformers backbones: one prefill, L + 1 hidden states, a draft head.
+
+Shape suffixes beyond those of ``draft_head``: Q tokens of a row, P targets of a row (1 when serving), V targets of the
+batch that have labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel, Qwen3Model
+from transformers.modeling_outputs import ModelOutput
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
+
+from nezha_vllm.config import NezhaConfig, NezhaLlamaConfig, NezhaQwen3Config, register_configs
+from nezha_vllm.draft_head import DraftHead
+from nezha_vllm.hf.recommend import Recommendation, recommend
+
+if TYPE_CHECKING:
+    from nezha_vllm.catalogue import Catalogue
+
+IGNORED = -100
+
+
+@dataclass
+class NezhaOutput(ModelOutput):
+    """``logits``: per level log-probabilities [V, T_l] of the labelled targets, or None without labels."""
+
+    loss: Tensor | None = None
+    logits: tuple[Tensor, ...] | None = None
+    hidden_states: Tensor | None = None
+
+
+class _NezhaMixin(PreTrainedModel):
+    """What both backbones share."""
+
+    def _setup(self, config: NezhaConfig, backbone: type[PreTrainedModel]) -> None:
+        config.check()
+        self.model = backbone(config)
+        self.draft_head = DraftHead(config.hidden_size, config.codebook_sizes)
+        self.label_smoothing = 0.0
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.RNNCell):
+            bound = module.hidden_size**-0.5
+            for parameter in module.parameters():
+                if not getattr(parameter, "_is_hf_initialized", False):
+                    nn.init.uniform_(parameter, -bound, bound)
+        else:
+            super()._init_weights(module)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        read_positions: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: object,
+    ) -> NezhaOutput:
+        """Hidden states at the read positions and, with labels, the loss under teacher forcing.
+
+        Args:
+            input_ids: [N, Q].
+            attention_mask: [N, Q] (1 = token, 0 = padding on either side) or [N, 1, Q, Q] (True = may attend).
+            position_ids: [N, Q]; default counted from the 2-D mask. Required with a 4-D mask.
+            read_positions: [N, P, L + 1], indices of h_0 … h_L of each target; default the last L + 1 tokens, P = 1.
+            labels: codes of the targets, [N, P, L] or [N, L]; targets with -100 do not count.
+
+        Returns:
+            ``hidden_states`` [N, P, L + 1, H], ``loss`` and ``logits``; the loss is the mean over targets and levels.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if position_ids is None:
+            if attention_mask.dim() != 2:
+                raise ValueError("a 4-D attention_mask needs position_ids")
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        if read_positions is None:
+            if attention_mask.dim() != 2:
+                raise ValueError("a 4-D attention_mask needs read_positions")
+            read_positions = self._last_positions(attention_mask)[:, None]
+        hidden_NQH = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        rows_N11 = torch.arange(len(input_ids), device=input_ids.device)[:, None, None]
+        hidden_NPSH = hidden_NQH[rows_N11, read_positions]
+        if labels is None:
+            return NezhaOutput(hidden_states=hidden_NPSH)
+        labels_NPL = labels if labels.dim() == 3 else labels[:, None]
+        labelled_NP = labels_NPL[..., 0] != IGNORED
+        labels_VL = labels_NPL[labelled_NP]
+        logits = self.draft_head(hidden_NPSH[labelled_NP], labels_VL)
+        return NezhaOutput(self._loss(logits, labels_VL), tuple(logits), hidden_NPSH)
+
+    def _loss(self, logits: Sequence[Tensor], labels_VL: Tensor) -> Tensor:
+        losses = []
+        for level, log_p_VT in enumerate(logits):
+            truth_V = log_p_VT.gather(1, labels_VL[:, level, None])[:, 0]
+            smooth = self.label_smoothing
+            losses.append(-(1 - smooth) * truth_V.mean() - smooth * log_p_VT.mean())
+        return torch.stack(losses).mean()
+
+    def _last_positions(self, attention_mask: Tensor) -> Tensor:
+        """Indices [N, L + 1] of the last tokens that are no padding."""
+        width = self.config.num_levels + 1
+        if int(attention_mask.sum(-1).min()) < width:
+            raise ValueError(f"every prompt needs at least {width} tokens: one of history and the placeholders")
+        index_NQ = torch.arange(attention_mask.shape[1], device=attention_mask.device).expand_as(attention_mask)
+        last_N1 = index_NQ.masked_fill(attention_mask == 0, -1).max(-1, keepdim=True).values
+        return last_N1 + torch.arange(1 - width, 1, device=attention_mask.device)
+
+    @torch.no_grad()
+    def hidden_states_for(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """h_0 … h_L [N, L + 1, H] of prompts [N, Q] that end with the placeholders, padded on either side."""
+        return self(input_ids, attention_mask).hidden_states[:, 0]
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[str]],
+        n: int,
+        *,
+        catalogue: Catalogue,
+        beam_width: int | None = None,
+        validity: str | None = None,
+        prefix: Sequence[int] = (),
+    ) -> list[list[Recommendation]]:
+        """The n best items for each history of item IDs; see ``hf.recommend.recommend``."""
+        return recommend(
+            self, histories, n, catalogue=catalogue, beam_width=beam_width, validity=validity, prefix=prefix
+        )
+
+
+class NezhaLlamaForCausalLM(_NezhaMixin, LlamaPreTrainedModel):
+    config_class = NezhaLlamaConfig
+    config: NezhaLlamaConfig
+
+    def __init__(self, config: NezhaLlamaConfig) -> None:
+        super().__init__(config)
+        self._setup(config, LlamaModel)
+
+
+class NezhaQwen3ForCausalLM(_NezhaMixin, Qwen3PreTrainedModel):
+    config_class = NezhaQwen3Config
+    config: NezhaQwen3Config
+
+    def __init__(self, config: NezhaQwen3Config) -> None:
+        super().__init__(config)
+        self._setup(config, Qwen3Model)
+
+
+MODEL_CLASSES = {"llama": NezhaLlamaForCausalLM, "qwen3": NezhaQwen3ForCausalLM}
+
+
+def register_models() -> None:
+    """Let ``AutoConfig`` and ``AutoModelForCausalLM`` read our checkpoints. Safe to call more than once."""
+    register_configs()
+    for model_class in MODEL_CLASSES.values():
+        AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)

@@ -1,0 +1,38 @@
+"""Prompts as token ids: the tokenizer's prefix, L code tokens an item, L placeholders, nothing behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nezha_vllm.config import NezhaConfig
+
+
+def code_token_ids(config: NezhaConfig, codes: Any) -> np.ndarray:
+    """Codes [..., L] → token ids, int64 [..., L]."""
+    return np.asarray(codes, np.int64) + np.asarray(config.code_token_offsets, np.int64)
+
+
+def prefix_token_ids(tokenizer: PreTrainedTokenizerBase, config: NezhaConfig) -> list[int]:
+    """What the tokenizer puts in front of every prompt, such as a beginning-of-sequence token; often nothing."""
+    first_code = config.code_token_offsets[0]
+    ids = tokenizer(tokenizer.convert_ids_to_tokens(first_code))["input_ids"]
+    if first_code not in ids:
+        raise ValueError(
+            f"the tokenizer does not know the code token with id {first_code} that config.json names; "
+            "make the checkpoint anew with `nezha init` or `nezha train`"
+        )
+    return ids[: ids.index(first_code)]
+
+
+def prompt_token_ids(config: NezhaConfig, history_codes: Any, prefix: Sequence[int] = ()) -> list[int]:
+    """Token ids of one request from the codes [items, L] of its history, oldest item first."""
+    codes = np.asarray(history_codes, np.int64).reshape(-1, config.num_levels)
+    if len(codes) == 0:
+        raise ValueError("a history needs at least one item")
+    return [*prefix, *code_token_ids(config, codes).ravel().tolist(), *config.placeholder_token_ids]

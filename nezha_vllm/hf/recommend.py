@@ -1,0 +1,103 @@
+"""Recommendations straight from a transformers model: the reference of what the server answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nezha_vllm.config import VALIDITY_MODES
+from nezha_vllm.draft_head import Beams, reference_beam_search
+from nezha_vllm.hf.prompt import prompt_token_ids
+
+if TYPE_CHECKING:
+    from nezha_vllm.catalogue import Catalogue
+    from nezha_vllm.config import NezhaConfig
+    from nezha_vllm.hf.modeling import NezhaLlamaForCausalLM, NezhaQwen3ForCausalLM
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One item; ``score`` is the sum of ``log_probs``, one natural logarithm a level."""
+
+    item_id: str
+    score: float
+    codes: tuple[int, ...]
+    log_probs: tuple[float, ...]
+
+
+def check_catalogue(config: NezhaConfig, catalogue: Catalogue) -> None:
+    """Raise ``ValueError`` if the checkpoint and the catalogue do not have the same levels."""
+    ours, theirs = tuple(config.codebook_sizes), catalogue.codec.codebook_sizes
+    if ours != theirs:
+        raise ValueError(
+            f"the checkpoint has codebook sizes {ours} but catalogue {catalogue.version} has {theirs}; "
+            "use the catalogue that the checkpoint was trained with, or train again"
+        )
+
+
+@torch.no_grad()
+def recommend(
+    model: NezhaLlamaForCausalLM | NezhaQwen3ForCausalLM,
+    histories: Sequence[Sequence[str]],
+    n: int,
+    *,
+    catalogue: Catalogue,
+    beam_width: int | None = None,
+    validity: str | None = None,
+    prefix: Sequence[int] = (),
+) -> list[list[Recommendation]]:
+    """The n best items for each history, best first; fewer if the beams hold fewer valid items.
+
+    Args:
+        histories: item IDs, oldest first, at least one each.
+        n: number of items wanted, at most ``beam_width``.
+        beam_width, validity: default from the checkpoint's configuration.
+        prefix: token ids in front of the history, see ``prompt.prefix_token_ids``.
+
+    Raises:
+        ValueError: levels that differ, an empty history, n or validity out of range.
+        UnknownItemError: an item that the catalogue does not hold.
+    """
+    config = model.config
+    check_catalogue(config, catalogue)
+    width = config.beam_width if beam_width is None else beam_width
+    validity = config.validity if validity is None else validity
+    if validity not in VALIDITY_MODES:
+        raise ValueError(f"validity is {validity!r}, must be one of {VALIDITY_MODES}")
+    if not 1 <= n <= width:
+        raise ValueError(f"n is {n}, must be between 1 and the beam width, {width}")
+    prompts = [prompt_token_ids(config, [catalogue.codes_of(item) for item in items], prefix) for items in histories]
+    input_ids, attention_mask = pad_left(prompts, model.device)
+    hidden_NSH = model.hidden_states_for(input_ids, attention_mask)
+    keys_M = torch.from_numpy(catalogue.keys.copy()).to(model.device)
+    widths_N = torch.full((len(prompts),), width, device=model.device)
+    stepwise_N = torch.full((len(prompts),), validity == "stepwise", device=model.device)
+    beams = reference_beam_search(model.draft_head, hidden_NSH, keys_M, widths_N, stepwise_N)
+    return [_items(beams, row, n, catalogue) for row in range(len(prompts))]
+
+
+def pad_left(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask [N, Q] of prompts of different lengths."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _items(beams: Beams, row: int, n: int, catalogue: Catalogue) -> list[Recommendation]:
+    found: list[Recommendation] = []
+    indices, scores, levels = (tensor[row].tolist() for tensor in (beams.index_NK, beams.scores_NK, beams.log_probs_NKL))
+    for index, score, log_probs in zip(indices, scores, levels, strict=True):
+        if index < 0 or len(found) >= n:
+            break
+        for item_row in catalogue.rows_of_index(index):
+            codes = tuple(catalogue.codes[item_row].tolist())
+            found.append(Recommendation(catalogue.item_id(item_row), score, codes, tuple(log_probs)))
+    return found[:n]

@@ -1,0 +1,60 @@
+"""How finished beams travel from an engine process to the API process.
+
+vLLM passes one array pair a request through its logprobs channel without looking inside (`LogprobsTensors` in
+``vllm/v1/outputs.py``). Row n of a batch carries the n best beams of request n:
+
+* ``token_ids`` int32 [N, 1 + C]: how many beams were finished before validity was checked, then positions in the
+  catalogue's sorted keys, -1 where there is none;
+* ``log_probs`` float32 [N, C · L]: the beams' log-probabilities, one a level;
+* ``ranks`` int64 [N]: how many of the finished beams are items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nezha_vllm.draft_head import Beams
+
+
+class Payload(NamedTuple):
+    token_ids: Tensor
+    log_probs: Tensor
+    ranks: Tensor
+
+
+def pack(beams: Beams, width: int) -> Payload:
+    """The ``width`` best beams of every request, in the layout above."""
+    index_NC = beams.index_NK[:, :width]
+    token_ids = torch.cat([beams.drafted_N[:, None], index_NC], dim=1).int()
+    return Payload(token_ids, beams.log_probs_NKL[:, :width].flatten(1).float(), beams.valid_N.long())
+
+
+def empty(num_requests: int, device: torch.device) -> Payload:
+    """Rows for steps that finish no request, such as warm-up or a chunk of a long prompt."""
+    return Payload(
+        torch.zeros(num_requests, 1, dtype=torch.int32, device=device),
+        torch.zeros(num_requests, 0, device=device),
+        torch.zeros(num_requests, dtype=torch.long, device=device),
+    )
+
+
+@dataclass(frozen=True)
+class RankedIds:
+    """One request's beams, best first: positions in the catalogue's keys [C'] and log-probabilities [C', L]."""
+
+    index: np.ndarray
+    log_probs: np.ndarray
+    num_drafted: int
+    num_valid: int
+
+
+def unpack(token_ids: np.ndarray, log_probs: np.ndarray, rank: int, num_levels: int) -> RankedIds:
+    """One row of a payload; beams that do not exist are left out."""
+    index = token_ids[1:]
+    exists = index >= 0
+    return RankedIds(index[exists], log_probs.reshape(-1, num_levels)[exists], int(token_ids[0]), int(rank))

@@ -1,0 +1,68 @@
+"""What a set of semantic IDs is like: how many are shared, and how much of each level is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Report:
+    """Counts over items and their semantic IDs.
+
+    Attributes:
+        unique_share: share of the items that are alone on their ID.
+        largest_group: most items on one ID.
+        codes_used: per level, how many codes some item has.
+    """
+
+    items: int
+    codebook_sizes: list[int]
+    distinct_ids: int
+    unique_share: float
+    items_sharing: int
+    largest_group: int
+    codes_used: list[int]
+
+    @classmethod
+    def of(cls, codes: np.ndarray, codebook_sizes: Sequence[int]) -> Report:
+        """Describe codes [items, L], of which there must be some."""
+        _, sizes = np.unique(codes, axis=0, return_counts=True)
+        alone = int((sizes == 1).sum())
+        return cls(
+            items=len(codes),
+            codebook_sizes=[int(size) for size in codebook_sizes],
+            distinct_ids=len(sizes),
+            unique_share=alone / len(codes),
+            items_sharing=len(codes) - alone,
+            largest_group=int(sizes.max()),
+            codes_used=[len(np.unique(column)) for column in codes.T],
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def table(before: Report, after: Report) -> Table:
+    """Report of the nearest codes beside that after resolution."""
+    from rich.table import Table
+
+    shown = Table(title=f"Semantic IDs of {after.items:,} items")
+    for heading in ("", "nearest codes", "resolved"):
+        shown.add_column(heading, justify="left" if not heading else "right")
+    for label, values in {
+        "distinct IDs": [f"{report.distinct_ids:,}" for report in (before, after)],
+        "items alone on their ID": [f"{report.unique_share:.2%}" for report in (before, after)],
+        "largest group": [f"{report.largest_group:,}" for report in (before, after)],
+    }.items():
+        shown.add_row(label, *values)
+    for level, size in enumerate(after.codebook_sizes):
+        used = [f"{report.codes_used[level]:,} of {size:,}" for report in (before, after)]
+        shown.add_row(f"codes used, level {level + 1}", *used)
+    return shown
