@@ -16,7 +16,6 @@ defined order.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -35,16 +34,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from nezha_vllm.folders import publish
+from nezha_vllm.manifest import MANIFEST, REBUILD, CatalogueError, check_file, read_steadily, write_manifest
 from nezha_vllm.semantic_id import SemanticIdCodec
 
-FORMAT = 1
-MANIFEST, ITEMS, KEYS = "manifest.json", "items.arrow", "keys.safetensors"
+ITEMS, KEYS = "items.arrow", "keys.safetensors"
 ARRAYS = ("keys", "first_row", "rows_by_id")
 RESERVED_COLUMNS = ("item_id", "codes", "weight")
-
-
-class CatalogueError(ValueError):
-    """A catalogue cannot be built, read or trusted; the message names the file and the remedy."""
 
 
 class UnknownItemError(KeyError):
@@ -56,7 +51,7 @@ class UnknownItemError(KeyError):
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Items in key order; those of the m-th semantic ID, ``keys[m]``, are rows ``first_row[m]`` to ``first_row[m+1]``."""
+    """Items in key order; the m-th semantic ID is ``keys[m]``, its items ``first_row[m]`` to ``first_row[m + 1]``."""
 
     codec: SemanticIdCodec
     version: str
@@ -177,16 +172,14 @@ class Catalogue:
             with pa.OSFile(str(scratch / ITEMS), "wb") as sink, pa.ipc.new_file(sink, self.items.schema) as writer:
                 writer.write_table(self.items.combine_chunks())
             save_file({name: getattr(self, name) for name in ARRAYS}, scratch / KEYS)
-            manifest = {
-                "format": FORMAT,
-                "version": self.version,
-                "codebook_sizes": list(self.codec.codebook_sizes),
-                "num_items": self.num_items,
-                "num_ids": self.num_ids,
-                "files": {name: _fingerprint(scratch / name) for name in (ITEMS, KEYS)},
-            }
-            manifest["checksum"] = _checksum(manifest)
-            (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            write_manifest(
+                scratch,
+                (ITEMS, KEYS),
+                version=self.version,
+                codebook_sizes=list(self.codec.codebook_sizes),
+                num_items=self.num_items,
+                num_ids=self.num_ids,
+            )
             scratch.chmod(0o755)
             publish(scratch, folder)
         finally:
@@ -196,9 +189,12 @@ class Catalogue:
     def load(cls, folder: str | os.PathLike[str]) -> Catalogue:
         """Read and verify a catalogue folder; items are memory-mapped. Raises ``CatalogueError``."""
         folder = Path(folder)
-        manifest = _read_manifest(folder)
+        return read_steadily(folder, lambda manifest: cls._load(folder, manifest))
+
+    @classmethod
+    def _load(cls, folder: Path, manifest: dict[str, Any]) -> Catalogue:
         for name in (ITEMS, KEYS):
-            _check_file(folder / name, manifest["files"].get(name))
+            check_file(folder / name, manifest)
         try:
             arrays = load_file(folder / KEYS)
             with pa.memory_map(str(folder / ITEMS)) as source:
@@ -207,7 +203,7 @@ class Catalogue:
             catalogue = cls(codec, manifest["version"], items, *(arrays[name] for name in ARRAYS))
             catalogue._verify(manifest)
         except _UNREADABLE as error:
-            raise CatalogueError(f"catalogue {folder} cannot be read: {error}; {_REBUILD}") from error
+            raise CatalogueError(f"catalogue {folder} cannot be read: {error}; {REBUILD}") from error
         return catalogue
 
     def _verify(self, manifest: dict[str, Any]) -> None:
@@ -228,70 +224,27 @@ class Catalogue:
         if not np.array_equal(np.sort(self.rows_by_id), np.arange(self.num_items)):
             raise CatalogueError(f"{KEYS}: rows_by_id is not an order of the items")
         sorted_ids = self._item_ids.take(pa.array(self.rows_by_id))
-        if not pc.all(pc.less(sorted_ids[:-1], sorted_ids[1:])).as_py():
+        if not pc.all(pc.less(sorted_ids[:-1], sorted_ids[1:]), min_count=0).as_py():  # one item has no pairs
             raise CatalogueError(f"{KEYS}: rows_by_id is not in the order of item IDs, or an ID appears twice")
 
 
-_REBUILD = "write it again with Catalogue.save or `nezha tokenize`"
 _UNREADABLE = (KeyError, IndexError, OSError, ValueError, pa.ArrowException, SafetensorError)
 
 
 def load_keys(folder: str | os.PathLike[str]) -> tuple[SemanticIdCodec, str, np.ndarray]:
     """Codec, version and sorted keys alone: what an engine process needs. Raises ``CatalogueError``."""
     folder = Path(folder)
-    manifest = _read_manifest(folder)
-    _check_file(folder / KEYS, manifest["files"].get(KEYS))
+    return read_steadily(folder, lambda manifest: _load_keys(folder / KEYS, manifest))
+
+
+def _load_keys(path: Path, manifest: dict[str, Any]) -> tuple[SemanticIdCodec, str, np.ndarray]:
+    check_file(path, manifest)
     try:
-        keys = load_file(folder / KEYS)["keys"]
+        keys = load_file(path)["keys"]
         _check_keys(keys, manifest)
     except _UNREADABLE as error:
-        raise CatalogueError(f"{folder / KEYS} cannot be read: {error}; {_REBUILD}") from error
+        raise CatalogueError(f"{path} cannot be read: {error}; {REBUILD}") from error
     return SemanticIdCodec(manifest["codebook_sizes"]), manifest["version"], keys
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise CatalogueError(
-            f"no catalogue at {folder}: {path} is missing; build one with `nezha tokenize`, or set `catalogue` in the "
-            "checkpoint's config.json to its folder"
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise CatalogueError(f"{path}: format {manifest['format']} is not {FORMAT}, the one this version reads")
-        SemanticIdCodec(manifest["codebook_sizes"])
-        absent = {"version", "num_items", "num_ids", "files", "checksum"} - manifest.keys()
-        if absent:
-            raise CatalogueError(f"{path}: {sorted(absent)} missing; {_REBUILD}")
-        if manifest["checksum"] != _checksum(manifest):
-            raise CatalogueError(f"{path} is damaged: its checksum does not match; {_REBUILD}")
-    except CatalogueError:
-        raise
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise CatalogueError(f"{path} is damaged ({error!r}); {_REBUILD}") from error
-    return manifest
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    rest = {name: value for name, value in manifest.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _check_file(path: Path, expected: dict[str, Any] | None) -> None:
-    if expected is None or not path.is_file():
-        raise CatalogueError(f"{path} is missing; {_REBUILD}")
-    try:
-        found = _fingerprint(path)
-    except OSError as error:
-        raise CatalogueError(f"{path} cannot be read: {error}") from error
-    if found != expected:
-        raise CatalogueError(f"{path} is damaged: its size or checksum is not the one in {MANIFEST}; {_REBUILD}")
 
 
 def _check_keys(keys: np.ndarray, manifest: dict[str, Any]) -> None:

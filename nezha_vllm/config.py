@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
@@ -44,10 +46,13 @@ class NezhaFields:
 
     def check(self) -> None:
         """Raise ``ValueError`` that says which field of ``config.json`` is wrong and how to mend it."""
-        levels = self.num_levels
+        try:
+            codec = self.codec
+        except ValueError as error:
+            raise ValueError(f"config.json: codebook_sizes: {error}") from None
+        levels = codec.num_levels
         if levels > MAX_LEVELS:
             raise ValueError(f"config.json: codebook_sizes has {levels} levels, at most {MAX_LEVELS} are supported")
-        codec = self.codec
         for name in ("code_token_offsets", "placeholder_token_ids"):
             ids = getattr(self, name)
             if len(ids) != levels:
@@ -57,12 +62,22 @@ class NezhaFields:
                 )
             if min(ids) < 0:
                 raise ValueError(f"config.json: {name} holds a negative token id: {ids}")
-        spans = zip(self.code_token_offsets, codec.codebook_sizes, strict=True)
-        last_id = max([*self.placeholder_token_ids, *(offset + size - 1 for offset, size in spans)])
-        if last_id >= self.vocab_size:  # type: ignore[attr-defined]
+        spans = [
+            range(start, start + size)
+            for start, size in zip(self.code_token_offsets, codec.codebook_sizes, strict=True)
+        ]
+        spans += [range(token_id, token_id + 1) for token_id in self.placeholder_token_ids]
+        spans.sort(key=lambda span: span.start)
+        for span, following in pairwise(spans):
+            if span.stop > following.start:
+                raise ValueError(
+                    f"config.json: code_token_offsets and placeholder_token_ids use token id {following.start} twice; "
+                    "make the checkpoint anew with `nezha init`"
+                )
+        if spans[-1].stop > self.vocab_size:  # type: ignore[attr-defined]
             raise ValueError(
-                f"config.json: token id {last_id} of a code or placeholder is outside the vocabulary "
-                f"({self.vocab_size})"  # type: ignore[attr-defined]
+                f"config.json: vocab_size is {self.vocab_size}, "  # type: ignore[attr-defined]
+                f"but code_token_offsets or placeholder_token_ids reach token id {spans[-1].stop - 1}"
             )
         if self.validity not in VALIDITY_MODES:
             raise ValueError(f"config.json: validity is {self.validity!r}, must be one of {VALIDITY_MODES}")
@@ -81,7 +96,7 @@ class NezhaQwen3Config(NezhaFields, Qwen3Config):
 
 
 NezhaConfig = NezhaLlamaConfig | NezhaQwen3Config
-CONFIG_CLASSES = {"llama": NezhaLlamaConfig, "qwen3": NezhaQwen3Config}
+CONFIG_CLASSES: dict[str, Any] = {"llama": NezhaLlamaConfig, "qwen3": NezhaQwen3Config}
 ARCHITECTURES = {"llama": "NezhaLlamaForCausalLM", "qwen3": "NezhaQwen3ForCausalLM"}
 
 

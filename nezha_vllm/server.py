@@ -139,10 +139,12 @@ class Server:
         group = self._process.pid
         _signal_group(group, signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS
-        while _group_lives(group, self._process) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        _signal_group(group, signal.SIGKILL)
-        self._process.wait()
+        try:
+            while _group_lives(group, self._process) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        finally:  # also after a second Ctrl-C
+            _signal_group(group, signal.SIGKILL)
+            self._process.wait()
 
     def _is_healthy(self) -> bool:
         try:

@@ -7,8 +7,6 @@ import math
 import numpy as np
 from hypothesis import strategies as st
 
-from nezha_vllm.semantic_id import SemanticIdCodec
-
 
 @st.composite
 def wide_codebooks(draw: st.DrawFn) -> tuple[int, ...]:
@@ -40,10 +38,3 @@ def key_sets(draw: st.DrawFn, sizes: tuple[int, ...], max_keys: int = 3000) -> n
     if count >= capacity:
         return np.arange(capacity)
     return np.unique(rng.integers(0, capacity, count))
-
-
-def random_catalogue_parts(rng: np.random.Generator, sizes: tuple[int, ...], count: int) -> tuple[list[str], np.ndarray]:
-    """Distinct item IDs and random codes [count, L]."""
-    assert SemanticIdCodec(sizes).num_levels == len(sizes)
-    ids = [f"item-{number}" for number in rng.permutation(count)]
-    return ids, np.stack([rng.integers(0, size, count) for size in sizes], axis=1)

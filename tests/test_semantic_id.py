@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import code_rows, wide_codebooks
 
 from nezha_vllm.semantic_id import SemanticIdCodec, code_token, placeholder_token
-from tests.strategies import code_rows, wide_codebooks
 
 
 def public_integer(codes: list[int], sizes: tuple[int, ...]) -> int:

@@ -14,8 +14,8 @@ class UserError(Exception):
     """Something the user can mend; printed as one line, without a traceback."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; a parsed result has ``verb`` and ``run``."""
     parser = argparse.ArgumentParser(
         prog="nezha",
         description="NEZHA generative recommendation on vLLM: interaction logs in, ranked catalogue items out.",
@@ -33,7 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         module.add_arguments(verb)
         verb.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    parser = build_parser()
+    arguments, more = parser.parse_known_args(argv)
+    if more and not getattr(arguments, "passes_arguments_on", False):
+        parser.error(f"unknown arguments for `nezha {arguments.verb}`: {' '.join(more)}")
+    arguments.more = more
     try:
         return arguments.run(arguments) or 0
     except (UserError, ValueError, FileNotFoundError) as error:

@@ -30,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the tie order (%(default)s)")
     parser.add_argument(
-        "--max-broken", type=float, default=0.01, metavar="SHARE", help="stop above this share of bad lines (%(default)s)"
+        "--max-broken",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="bad lines that are borne (%(default)s)",
     )
 
 

@@ -3,7 +3,7 @@
   nezha serve demo/checkpoint
   nezha serve demo/checkpoint --port 8080 --dtype float32 --max-num-seqs 64
 
-Arguments behind CHECKPOINT that are not listed here go to vLLM as they are: see `vllm serve --help`.
+Arguments that are not listed here go to vLLM as they are, if they stand behind CHECKPOINT: see `vllm serve --help`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder made by `nezha train` or `nezha init`")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
-    parser.set_defaults(takes_more_arguments=True)
+    parser.set_defaults(passes_arguments_on=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

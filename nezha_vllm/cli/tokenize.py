@@ -20,7 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="catalogue folder to write")
     parser.add_argument("--levels", type=int, metavar="L", help="codes an item (default 3, or as many as --codes has)")
     parser.add_argument(
-        "--codes", default="256", metavar="T", help="codebook size of every level, or one a level: 256,256,128 (%(default)s)"
+        "--codes",
+        default="256",
+        metavar="T",
+        help="codebook size, or one a level: 256,256,128 (%(default)s)",
     )
     parser.add_argument(
         "--text",
@@ -28,15 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="text features: all-MiniLM sentence embeddings, TF-IDF, or none; auto takes MiniLM where it is installed",
     )
-    parser.add_argument("--text-weight", type=float, default=1.0, metavar="W", help="weight of the text (%(default)s)")
+    parser.add_argument("--text-weight", type=float, default=0.5, metavar="W", help="weight of the text (%(default)s)")
     parser.add_argument(
         "--cooccurrence-weight", type=float, default=1.0, metavar="W", help="weight of the company (%(default)s)"
     )
     parser.add_argument(
-        "--window", type=int, default=10, metavar="N", help="items up to N places apart keep company (%(default)s)"
+        "--window", type=int, default=20, metavar="N", help="items up to N places apart keep company (%(default)s)"
     )
     parser.add_argument(
         "--dimensions", type=int, default=64, metavar="N", help="width of the co-occurrence features (%(default)s)"
+    )
+    parser.add_argument(
+        "--components",
+        type=int,
+        default=32,
+        metavar="N",
+        help="PCA of all features to N numbers; 0: none (%(default)s)",
     )
     parser.add_argument("--keep-shared", action="store_true", help="leave shared IDs as k-means made them")
     parser.add_argument("--seed", type=int, default=0, help="seed of k-means and SVD (%(default)s)")
@@ -59,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         cooccurrence_weight=arguments.cooccurrence_weight,
         window=arguments.window,
         dimensions=arguments.dimensions,
+        components=arguments.components,
         seed=arguments.seed,
     )
     dataset = Dataset.load(arguments.dataset)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nezha_vllm.folders import publish
+
 
 def check_replaceable(folder: str | os.PathLike[str], marker: str) -> None:
     """Raise ``ValueError`` unless ``folder`` is absent, empty, or an earlier result (it has a file ``marker``)."""
@@ -29,9 +31,7 @@ def replacing(folder: str | os.PathLike[str], marker: str) -> Iterator[Path]:
     try:
         yield scratch
         scratch.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        scratch.rename(folder)
+        publish(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

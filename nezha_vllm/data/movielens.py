@@ -40,7 +40,7 @@ def reader(folder: Path | None = None, max_broken: float = 0.01) -> RecBoleReade
 
 
 def natural_title(title: str) -> str:
-    """``Horseman on the Roof, The (Hussard sur le toit, Le)`` → ``The Horseman on the Roof (Le Hussard sur le toit)``."""
+    """``Visitors, The (Visiteurs, Les)`` → ``The Visitors (Les Visiteurs)``."""
     return re.sub(r"[^()]+", lambda part: _article_first(part.group()), title)
 
 

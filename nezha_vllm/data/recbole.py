@@ -72,10 +72,13 @@ def _rows(path: Path, broken: BrokenLines, required: tuple[str, ...]) -> Iterato
         if len(cells) != len(names):
             broken.skip(path, number, f"{len(cells)} columns instead of {len(names)}")
             continue
-        yield number, {
-            name: cell.split() if kind.endswith("_seq") else cell.strip()
-            for name, kind, cell in zip(names, types, cells, strict=True)
-        }
+        yield (
+            number,
+            {
+                name: cell.split() if kind.endswith("_seq") else cell.strip()
+                for name, kind, cell in zip(names, types, cells, strict=True)
+            },
+        )
 
 
 def _columns(path: Path, header: str, required: tuple[str, ...]) -> tuple[list[str], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -78,4 +79,4 @@ def ordered(
     items = np.array(log.item_ids, object)[log.item_N[order]].tolist()
     starts = np.flatnonzero(np.diff(user_N, prepend=-1)).tolist()
     users = [log.user_ids[user] for user in user_N[starts].tolist()]
-    return users, [items[start:end] for start, end in zip(starts, [*starts[1:], len(items)], strict=True)]
+    return users, [items[start:end] for start, end in pairwise([*starts, len(items)])]

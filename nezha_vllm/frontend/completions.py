@@ -10,6 +10,7 @@ from typing import Any
 from nezha_vllm.frontend.answers import RecommendedItem
 from nezha_vllm.frontend.errors import bad_request
 from nezha_vllm.frontend.options import OPTIONS, check_options
+from nezha_vllm.frontend.prompts import EMPTY_PROMPT
 
 CHAT_REFUSAL = (
     "chat and responses are not offered by a generative recommender: send the user's history to /v1/completions, "
@@ -25,9 +26,13 @@ def prepare(request: Any) -> Any:
     """
     for name in ("echo", "suffix", "prompt_embeds"):
         if getattr(request, name, None):
-            raise bad_request(name, "does not work with catalogue items; leave it out")
+            raise bad_request(name, f"{name} does not work with catalogue items; leave it out")
+    if request.prompt in (None, "", []):
+        raise bad_request("prompt", EMPTY_PROMPT)
+    if request.n < 1:
+        raise bad_request("n", f"n must be at least 1, got {request.n}")
     if request.response_format is not None and request.response_format.type != "text":
-        raise bad_request("response_format", "structured outputs do not work with catalogue items; leave it out")
+        raise bad_request("response_format", "response_format: structured outputs do not work with catalogue items; leave it out")
     options = dict(request.vllm_xargs or {})
     check_options(options)
     if request.use_beam_search and "beam_width" not in options:

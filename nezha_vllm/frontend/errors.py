@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from vllm.exceptions import VLLMValidationError
 
 
-def bad_request(parameter: str, message: str, value: Any = None) -> VLLMValidationError:
-    """An error to raise; ``message`` says what is wrong and what to send instead."""
-    return VLLMValidationError(f"{parameter}: {message}", parameter=parameter, value=value)
+def bad_request(parameter: str, message: str) -> VLLMValidationError:
+    """An error to raise; ``message`` says what is wrong and what to send instead. vLLM adds the parameter's name."""
+    return VLLMValidationError(message, parameter=parameter)

@@ -16,9 +16,9 @@ def beam_search(
 ) -> list[BeamSearchOutput]:
     """Sequences of L code tokens, best first; ``text`` is the item's ID and ``cum_logprob`` its score."""
     if lora_request is not None:
-        raise bad_request("lora_request", "does not work with a NEZHA model; leave it out")
+        raise bad_request("lora_request", "lora_request does not work with a NEZHA model; leave it out")
     if getattr(params, "structured_outputs", None) is not None:
-        raise bad_request("structured_outputs", "does not work with catalogue items; leave it out")
+        raise bad_request("structured_outputs", "structured_outputs do not work with catalogue items; leave it out")
     width = params.beam_width
     sampling = SamplingParams(n=width, logprobs=0, extra_args={"beam_width": width})
     results = llm.generate(prompts, sampling, use_tqdm=use_tqdm)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
 
 OPTIONS = ("beam_width", "validity")
-NO_SAMPLING = "has no meaning for catalogue items, which are ranked and not sampled; leave it out"
+NO_SAMPLING = "{} has no meaning for catalogue items, which are ranked and not sampled; leave it out"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def make_plan(service: Service, params: SamplingParams) -> Plan:
     beam_width = options.get("beam_width", service.settings.beam_width)
     limit = service.settings.max_beam_width
     if beam_width > limit:
-        raise bad_request("beam_width", f"{beam_width} is over this server's maximum of {limit}; send at most {limit}")
+        raise bad_request("beam_width", f"beam_width {beam_width} is over this server's maximum of {limit}; send at most {limit}")
     if n > beam_width:
         raise bad_request("n", f"{n} items were asked for but beam_width is {beam_width}; lower n or raise beam_width")
     validity = options.get("validity", service.settings.validity)
@@ -52,13 +52,13 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Check names and types of ``vllm_xargs`` (``extra_args`` offline)."""
     for name in options:
         if name not in OPTIONS:
-            raise bad_request(name, f"is not an option; vllm_xargs takes {', '.join(OPTIONS)}")
+            raise bad_request(name, f"{name!r} is not an option; vllm_xargs takes {', '.join(OPTIONS)}")
     beam_width = options.get("beam_width", 1)
     if type(beam_width) is not int or beam_width < 1:
-        raise bad_request("beam_width", f"must be a whole number of at least 1, got {beam_width!r}")
+        raise bad_request("beam_width", f"beam_width must be a whole number of at least 1, got {beam_width!r}")
     validity = options.get("validity", "final")
     if validity not in VALIDITY_MODES:
-        raise bad_request("validity", f"must be one of {', '.join(VALIDITY_MODES)}, got {validity!r}")
+        raise bad_request("validity", f"validity must be one of {', '.join(VALIDITY_MODES)}, got {validity!r}")
 
 
 def refuse_sampling_options(params: SamplingParams) -> None:
@@ -83,4 +83,4 @@ def refuse_sampling_options(params: SamplingParams) -> None:
     for name, harmless in neutral.items():
         value = getattr(params, name, None)
         if value not in harmless:
-            raise bad_request(name, NO_SAMPLING if name != "prompt_logprobs" else "is not computed; leave it out")
+            raise bad_request(name, NO_SAMPLING.format(name))

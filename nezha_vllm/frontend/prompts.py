@@ -12,6 +12,7 @@ from nezha_vllm.semantic_id import LEVEL_NAMES, code_token, placeholder_token
 
 ITEM = re.compile(r"<item:([^>]*)>")
 CODE = re.compile(r"<([a-z])_(\d+)>")
+EMPTY_PROMPT = "the prompt is empty; send at least one item of the user's history, such as <item:ID>"
 
 
 def expand_items(text: str, service: Service) -> str:
@@ -57,11 +58,13 @@ def complete_prompt(token_ids: Sequence[int], service: Service) -> list[int]:
     """
     history = strip_placeholders(token_ids, service)
     if not history:
-        raise bad_request("prompt", "is empty; send at least one item of the user's history, such as <item:ID>")
+        raise bad_request("prompt", EMPTY_PROMPT)
     if len(history) > service.max_prompt_tokens:
         raise too_long(len(history), service)
     if not set(service.placeholder_token_ids).isdisjoint(history):
-        raise bad_request("prompt", "has a placeholder before its end; leave placeholders out, the server appends them")
+        raise bad_request("prompt", "the prompt has a placeholder before its end; leave placeholders out, the server appends them")
+    if not 0 <= min(history) <= max(history) < service.vocab_size:
+        raise bad_request("prompt", f"the prompt has token ids outside 0 to {service.vocab_size - 1}")
     return [*history, *service.placeholder_token_ids]
 
 
@@ -70,7 +73,7 @@ def too_long(length: int | None, service: Service) -> ValueError:
     has = "is too long" if length is None else f"has {length} tokens"
     return bad_request(
         "prompt",
-        f"{has}; this server takes {service.max_prompt_tokens} (max_model_len {service.max_model_len} less "
+        f"the prompt {has}; this server takes {service.max_prompt_tokens} (max_model_len {service.max_model_len} less "
         f"{service.num_levels} placeholders and one generated token). Send fewer items of the history, or "
         'truncate_prompt_tokens with truncation_side "left"',
     )

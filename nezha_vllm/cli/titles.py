@@ -1,0 +1,45 @@
+"""Tables of items with their titles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from nezha_vllm.client import Item
+
+
+def read_titles(catalogue: str | Path) -> dict[str, str]:
+    """Titles by item ID from a catalogue folder; empty if it has no ``title`` column."""
+    from nezha_vllm.catalogue import Catalogue
+
+    items = Catalogue.load(catalogue).items
+    if "title" not in items.column_names:
+        return {}
+    return dict(zip(items["item_id"].to_pylist(), items["title"].to_pylist(), strict=True))
+
+
+def ranking(items: Sequence[Item], titles: Mapping[str, str], heading: str = "", held_out: str | None = None) -> Table:
+    """Rank, title, item ID and score; ``held_out`` is marked where it appears."""
+    table = Table(title=heading or None, title_justify="left", title_style="bold")
+    table.add_column("rank", justify="right")
+    if titles:
+        table.add_column("title")
+    table.add_column("item")
+    table.add_column("semantic ID")
+    table.add_column("score", justify="right")
+    if held_out is not None:
+        table.add_column("")
+    for rank, item in enumerate(items, start=1):
+        hit = item.item_id == held_out
+        row = [str(rank)]
+        if titles:
+            row.append(titles.get(item.item_id) or "(no title)")
+        row += [item.item_id, "-".join(map(str, item.semantic_id)), f"{item.score:.2f}"]
+        if held_out is not None:
+            row.append("◀ watched next" if hit else "")
+        table.add_row(*row, style="bold green" if hit else None)
+    return table

@@ -1,0 +1,103 @@
+"""Train NEZHA on a prepared data set and a catalogue; OUT is a checkpoint folder that vLLM serves.
+
+    nezha train data/ml-100k data/ml-100k-catalogue --out nezha-ml-100k
+    nezha train DATASET CATALOGUE --out nezha --backbone ./Llama-3.2-1B --epochs 20 --batch 32
+    torchrun --nproc-per-node 8 -m nezha_vllm.cli train …            several GPUs
+
+An interrupted run goes on from its last finished epoch when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "train a checkpoint from a data set and a catalogue"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from nezha_vllm.training.options import TrainingOptions
+
+    default = TrainingOptions()
+    parser.add_argument("dataset", metavar="DATASET", help="folder made by `nezha prepare`")
+    parser.add_argument("catalogue", metavar="CATALOGUE", help="folder made by `nezha tokenize`")
+    parser.add_argument("--out", required=True, metavar="CKPT", help="checkpoint folder to write; replaced if it exists")
+    parser.add_argument(
+        "--backbone",
+        default="scratch",
+        metavar="scratch|PATH",
+        help="start from nothing (default), from a local Hugging Face folder, or from a folder of `nezha init`",
+    )
+
+    def option(name: str, kind: type, field: str, text: str) -> None:
+        parser.add_argument(name, type=kind, dest=field, help=f"{text} (default {getattr(default, field)})")
+
+    option("--epochs", int, "epochs", "passes over the data")
+    option("--batch", int, "batch_size", "rows a step and device; a row trains up to --max-history targets")
+    option("--lr", float, "learning_rate", "peak learning rate; with a backbone 1e-5")
+    option("--embedding-rate", float, "code_embedding_rate", "learning rate of code embeddings, relative; with a backbone 100")
+    option("--cell-rate", float, "cell_rate", "learning rate of the cells, relative; with a backbone 10")
+    option("--weight-decay", float, "weight_decay", "weight decay; with a backbone 1e-5")
+    option("--warmup", float, "warmup", "share of the steps with a rising learning rate")
+    option("--max-history", int, "max_history", "items of history, in training and evaluation")
+    option("--dropout", float, "dropout", "dropout of embeddings and blocks; with a backbone 0")
+    option("--label-smoothing", float, "label_smoothing", "share of the loss spread over all codes")
+    option("--patience", int, "patience", "stop after so many epochs without a better validation; 0: never")
+    option("--seed", int, "seed", "of weights, order and dropout")
+    parser.add_argument("--select", choices=("loss", "ndcg@10"), help=f"what picks the best epoch (default {default.select})")
+    shape = parser.add_argument_group("shape of --backbone scratch")
+    shape.add_argument("--family", choices=("llama", "qwen3"), default="llama")
+    shape.add_argument("--hidden", type=int, default=128, help="hidden size (default %(default)s)")
+    shape.add_argument("--layers", type=int, default=2, help="number of layers (default %(default)s)")
+    shape.add_argument("--heads", type=int, default=4, help="attention heads; hidden / heads must be 32, 64, 96 or 128")
+    shape.add_argument("--intermediate", type=int, help="size of the feed-forward layer (default 2 × hidden)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from dataclasses import fields
+    from pathlib import Path
+
+    from nezha_vllm.data.dataset import Dataset
+    from nezha_vllm.data.folders import check_replaceable
+    from nezha_vllm.training.options import PRETRAINED, TrainingOptions
+
+    out = Path(arguments.out).absolute()
+    check_replaceable(out, "config.json")
+    given = {field.name: getattr(arguments, field.name) for field in fields(TrainingOptions)}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    options = TrainingOptions(**(chosen if arguments.backbone == "scratch" else PRETRAINED | chosen))
+    dataset = Dataset.load(arguments.dataset)
+
+    import shutil
+
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from nezha_vllm.catalogue import Catalogue
+    from nezha_vllm.hf.prompt import prefix_token_ids
+    from nezha_vllm.training.fit import fit
+    from nezha_vllm.training.start import save_trained, starting_model
+
+    logging.disable_progress_bar()  # of loading weights; the training bar stays
+    console = Console(stderr=True, soft_wrap=True)
+    catalogue = Catalogue.load(arguments.catalogue)
+    model, tokenizer, dtype = starting_model(arguments.backbone, catalogue, arguments, options.seed)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    console.print(
+        f"{dataset.name}: {dataset.counts}; {parameters:,} parameters in {model.config.num_hidden_layers} layers of "
+        f"{model.config.hidden_size}"
+    )
+    run_folder = out.parent / f".{out.name}-training"
+    trainer = fit(
+        model,
+        catalogue,
+        dataset.leave_one_out(),
+        options,
+        run_folder,
+        prefix=prefix_token_ids(tokenizer, model.config),
+        write=console.print,
+    )
+    if trainer.is_world_process_zero():
+        save_trained(out, model, tokenizer, catalogue, dtype, options)
+        shutil.rmtree(run_folder, ignore_errors=True)
+        console.print(f"checkpoint -> {out}")
+    return 0

@@ -1,0 +1,78 @@
+"""Leave-one-out evaluation by full ranking: the model's beams compete over the whole catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from nezha_vllm.hf.prompt import prompt_token_ids
+from nezha_vllm.hf.recommend import pad_left, recommend
+from nezha_vllm.training.metrics import CUTOFFS, ranks_of
+
+if TYPE_CHECKING:
+    from nezha_vllm.catalogue import Catalogue
+    from nezha_vllm.hf.modeling import NezhaLlamaForCausalLM, NezhaQwen3ForCausalLM
+
+    NezhaModel = NezhaLlamaForCausalLM | NezhaQwen3ForCausalLM
+
+Track = Callable[[Iterable[int]], Iterable[int]]
+
+
+def recommended_items(
+    model: NezhaModel,
+    catalogue: Catalogue,
+    histories: Sequence[Sequence[str]],
+    *,
+    n: int = max(CUTOFFS),
+    max_history: int,
+    beam_width: int | None = None,
+    prefix: Sequence[int] = (),
+    batch_size: int = 64,
+    track: Track = iter,
+) -> list[list[str]]:
+    """The n best items for the last ``max_history`` items of each history."""
+    model.eval()
+    found: list[list[str]] = []
+    for start in track(range(0, len(histories), batch_size)):
+        batch = [items[-max_history:] for items in histories[start : start + batch_size]]
+        answers = recommend(model, batch, n, catalogue=catalogue, beam_width=beam_width, prefix=prefix)
+        found += [[answer.item_id for answer in answers_of_one] for answers_of_one in answers]
+    return found
+
+
+def model_ranks(
+    model: NezhaModel, catalogue: Catalogue, histories: Sequence[Sequence[str]], targets: Sequence[str], **options: object
+) -> np.ndarray:
+    """Ranks of the targets, from 0; ``metrics.UNRANKED`` beyond the largest cut-off."""
+    return ranks_of(targets, recommended_items(model, catalogue, histories, **options))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def target_loss(
+    model: NezhaModel,
+    catalogue: Catalogue,
+    histories: Sequence[Sequence[str]],
+    targets: Sequence[str],
+    *,
+    max_history: int,
+    prefix: Sequence[int] = (),
+    batch_size: int = 256,
+) -> float:
+    """Mean over targets and levels of the cross-entropy, as in training but without smoothing and dropout."""
+    model.eval()
+    total = 0.0
+    for start in range(0, len(targets), batch_size):
+        part = slice(start, start + batch_size)
+        prompts = [
+            prompt_token_ids(model.config, [catalogue.codes_of(item) for item in items[-max_history:]], prefix)
+            for items in histories[part]
+        ]
+        labels_NL = torch.tensor([catalogue.codes_of(item) for item in targets[part]], device=model.device)
+        hidden_NSH = model.hidden_states_for(*pad_left(prompts, model.device))
+        log_probs = model.draft_head(hidden_NSH, labels_NL)
+        truth = [log_p_NT.gather(1, labels_NL[:, level, None]) for level, log_p_NT in enumerate(log_probs)]
+        total -= float(torch.stack(truth).mean(0).sum())
+    return total / len(targets)

@@ -1,0 +1,124 @@
+"""One training run: sequences and a catalogue in, the best model out; interrupted runs go on where they stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from nezha_vllm.training.evaluation import model_ranks, target_loss
+from nezha_vllm.training.metrics import ndcg
+from nezha_vllm.training.options import TrainingOptions
+from nezha_vllm.training.packing import PackedCollator, Segments
+from nezha_vllm.training.regularise import add_dropout
+from nezha_vllm.training.trainer import EpochLine, NezhaTrainer
+
+if TYPE_CHECKING:
+    from nezha_vllm.catalogue import Catalogue
+    from nezha_vllm.data.dataset import Split
+    from nezha_vllm.training.evaluation import NezhaModel
+
+VALIDATION_BEAMS = 20
+
+
+def codes_of(sequences: Sequence[Sequence[str]], catalogue: Catalogue) -> list[Tensor]:
+    """Item IDs → codes [items, L] a sequence. Raises ``UnknownItemError``."""
+    codes = {item: catalogue.codes_of(item) for item in dict.fromkeys(item for items in sequences for item in items)}
+    return [torch.tensor([codes[item] for item in items]) for items in sequences]
+
+
+def fit(
+    model: NezhaModel,
+    catalogue: Catalogue,
+    split: Split,
+    options: TrainingOptions,
+    run_folder: Path,
+    *,
+    prefix: Sequence[int] = (),
+    write: Callable[[str], None] = print,
+) -> NezhaTrainer:
+    """Train ``model`` in place on ``split.train``; it ends with the weights that validated best.
+
+    Args:
+        run_folder: where the Trainer keeps its checkpoints. If one of the same run is there, training goes on from it;
+            one of another run is removed. The caller removes the folder when the result is safe.
+    """
+    collator = PackedCollator(model.config, options.max_history, tuple(prefix))
+    add_dropout(model, options.dropout)
+    model.label_smoothing = options.label_smoothing
+
+    def validate() -> dict[str, float]:
+        ask = {"max_history": options.max_history, "prefix": prefix}
+        loss = target_loss(model, catalogue, split.train, split.valid_target, **ask)
+        ranks = model_ranks(model, catalogue, split.train, split.valid_target, beam_width=VALIDATION_BEAMS, **ask)
+        return {"loss": loss, "ndcg@10": ndcg(ranks, 10)}
+
+    trainer = NezhaTrainer(
+        options,
+        validate,
+        model=model,
+        args=_arguments(options, run_folder),
+        train_dataset=Segments(codes_of(split.train, catalogue), options.max_history),
+        eval_dataset=[],
+        data_collator=collator,
+        callbacks=[EpochLine(write), *([EarlyStoppingCallback(options.patience)] if options.patience else [])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar)
+    trainer.train(resume_from_checkpoint=_resumable(run_folder, options, model, catalogue))
+    return trainer
+
+
+class _Bar(ProgressCallback):
+    """The Trainer's bar without its dictionaries."""
+
+    def on_log(self, *_: object, **__: object) -> None:
+        pass
+
+
+def _arguments(options: TrainingOptions, run_folder: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(run_folder),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=options.warmup,  # below 1: a share of all steps
+        max_grad_norm=1.0,
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=f"eval_{options.select}",
+        greater_is_better=options.select != "loss",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        seed=options.seed,
+    )
+
+
+def _resumable(run_folder: Path, options: TrainingOptions, model: NezhaModel, catalogue: Catalogue) -> str | None:
+    """The last checkpoint of the same run, or None after clearing the folder of another one."""
+    identity = json.loads(
+        json.dumps({"options": asdict(options), "catalogue": catalogue.version, "model": model.config.to_dict()}, default=str)
+    )
+    note = run_folder / "run.json"
+    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == identity:
+        return get_last_checkpoint(str(run_folder))
+    shutil.rmtree(run_folder, ignore_errors=True)
+    run_folder.mkdir(parents=True)
+    note.write_text(json.dumps(identity), encoding="utf-8")
+    return None

@@ -1,0 +1,40 @@
+"""What a training run is made of. The defaults are the winners of a search on MovieLens 100K (docs/training.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """``*_rate`` are relative to ``learning_rate``; a batch counts rows of up to ``max_history`` targets each."""
+
+    epochs: int = 10
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    code_embedding_rate: float = 1.0
+    cell_rate: float = 1.0
+    weight_decay: float = 0.01
+    warmup: float = 0.03
+    max_history: int = 20
+    dropout: float = 0.2
+    label_smoothing: float = 0.0
+    patience: int = 0
+    select: str = "loss"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_history"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"the learning rate must be positive, got {self.learning_rate}")
+        for name in ("dropout", "label_smoothing", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', ' ')} must be in [0, 1), got {getattr(self, name)}")
+        if self.select not in ("loss", "ndcg@10"):
+            raise ValueError(f"select is {self.select!r}, must be loss or ndcg@10")
+
+
+# Rates of the paper's code; they belong to a pretrained backbone.
+PRETRAINED = {"learning_rate": 1e-5, "code_embedding_rate": 100.0, "cell_rate": 10.0, "weight_decay": 1e-5, "dropout": 0.0}

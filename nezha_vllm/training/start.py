@@ -1,0 +1,90 @@
+"""The two ends of a training run: the model it starts from, the checkpoint folder it leaves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from nezha_vllm.config import CONFIG_CLASSES
+from nezha_vllm.data.folders import replacing
+from nezha_vllm.hf.backbones import tiny_shape
+from nezha_vllm.hf.checkpoint import grown_config, grown_weights, scratch_config
+from nezha_vllm.hf.modeling import MODEL_CLASSES, register_models
+from nezha_vllm.hf.recommend import check_catalogue
+from nezha_vllm.training.options import TrainingOptions
+
+if TYPE_CHECKING:
+    from nezha_vllm.catalogue import Catalogue
+    from nezha_vllm.training.evaluation import NezhaModel
+
+TRAINING_NOTE = "training.json"
+
+
+def starting_model(
+    backbone: str, catalogue: Catalogue, shape: Any, seed: int
+) -> tuple[NezhaModel, PreTrainedTokenizerBase, torch.dtype]:
+    """Model in float32, tokenizer, and the precision to save in.
+
+    Args:
+        backbone: ``scratch``, a local Hugging Face folder, or a NEZHA checkpoint.
+        shape: ``family``, ``hidden``, ``layers``, ``heads`` and ``intermediate`` of a model from scratch.
+    """
+    register_models()
+    torch.manual_seed(seed)
+    sizes = list(catalogue.codec.codebook_sizes)
+    if backbone == "scratch":
+        config, tokenizer = scratch_config(
+            tiny_shape(
+                shape.family,
+                hidden_size=shape.hidden,
+                num_hidden_layers=shape.layers,
+                num_attention_heads=shape.heads,
+                intermediate_size=shape.intermediate or 2 * shape.hidden,
+            ),
+            sizes,
+        )
+        return MODEL_CLASSES[shape.family](config), tokenizer, torch.float32
+    if not (Path(backbone) / "config.json").is_file():
+        raise ValueError(f"--backbone {backbone}: neither `scratch` nor a folder with a config.json")
+    stored = AutoConfig.from_pretrained(backbone)
+    saved_dtype = stored.dtype if isinstance(stored.dtype, torch.dtype) else torch.float32
+    if isinstance(stored, tuple(CONFIG_CLASSES.values())):
+        check_catalogue(stored, catalogue)
+        model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(backbone), saved_dtype
+    config, tokenizer, first_new_token = grown_config(backbone, sizes)
+    config.dtype = torch.float32
+    model = MODEL_CLASSES[stored.model_type](config)
+    missing, unexpected = model.load_state_dict(grown_weights(backbone, config, first_new_token), strict=False)
+    strange = [*unexpected, *(name for name in missing if not name.startswith("draft_head."))]
+    if strange:
+        raise ValueError(f"{backbone}: weights that do not fit its architecture: {strange[:3]}")
+    return model, tokenizer, saved_dtype
+
+
+def save_trained(
+    folder: Path,
+    model: NezhaModel,
+    tokenizer: PreTrainedTokenizerBase,
+    catalogue: Catalogue,
+    dtype: torch.dtype,
+    options: TrainingOptions,
+) -> None:
+    """Write the checkpoint folder; it appears complete or not at all. ``training.json`` keeps the options."""
+    with replacing(folder, "config.json") as scratch:
+        model.to("cpu", dtype).save_pretrained(scratch, max_shard_size="1TB")
+        tokenizer.save_pretrained(scratch)
+        catalogue.save(scratch / model.config.catalogue)
+        (scratch / TRAINING_NOTE).write_text(json.dumps(asdict(options), indent=2) + "\n", encoding="utf-8")
+
+
+def trained_history(folder: Path) -> int:
+    """Items of history that a checkpoint was trained with."""
+    note = Path(folder) / TRAINING_NOTE
+    stored = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    return int(stored.get("max_history", TrainingOptions.max_history))

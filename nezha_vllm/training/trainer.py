@@ -1,0 +1,64 @@
+"""The Trainer of transformers with NEZHA's learning rates and its own validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from nezha_vllm.training.options import TrainingOptions
+
+QUIET_WEIGHT_DECAY = 1e-3  # relative weight decay of code embeddings and cells (method.md, training)
+
+
+def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[str, Any]]:
+    """Learning rate and weight decay by part: backbone and logit heads, code embeddings, cells. None on norms, biases."""
+    rates = {"code_embeddings": options.code_embedding_rate, "cells": options.cell_rate}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        part = next((part for part in rates if f"draft_head.{part}." in name), None)
+        decay = options.weight_decay * (QUIET_WEIGHT_DECAY if part else 1.0)
+        key = (options.learning_rate * rates.get(part or "", 1.0), decay if parameter.dim() > 1 else 0.0)
+        groups.setdefault(key, []).append(parameter)
+    return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()]
+
+
+class NezhaTrainer(Trainer):
+    """``validate()`` returns the metrics of ``evaluate``; everything else, multi-GPU included, is the Trainer's."""
+
+    def __init__(self, options: TrainingOptions, validate: Callable[[], dict[str, float]], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.options, self.validate = options, validate
+        # forward takes **kwargs, but its loss is a mean: the Trainer must average over accumulated steps
+        self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = parameter_groups(model if model is not None else self.model, self.options)
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+        return self.optimizer
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        with torch.random.fork_rng():  # an evaluation must not change what training draws next
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.validate().items()}
+        self.model.train()
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class EpochLine(TrainerCallback):
+    """One readable line an epoch instead of the Trainer's dictionaries."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self.write, self.train_loss = write, float("nan")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        self.train_loss = (logs or {}).get("loss", self.train_loss)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        shown = "  ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items())
+        self.write(f"epoch {round(state.epoch or 0)}: training loss {self.train_loss:.4f}  validation {shown}")

@@ -1,0 +1,154 @@
+"""The engine under vLLM's own optimisations: cache, chunks and batches never change an answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from answers import assert_same_answer, of_output
+from conftest import BLOCK_SIZE, LEVELS
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+pytestmark = pytest.mark.slow
+LENGTHS = range(1, 4 * BLOCK_SIZE + 1)  # one block and three past its boundary
+N = 10
+
+
+def start(checkpoint: Path, **options: object) -> LLM:
+    from vllm import LLM
+
+    settings = {"dtype": "float32", "enforce_eager": True, "block_size": BLOCK_SIZE, "max_model_len": 1024}
+    return LLM(str(checkpoint), **(settings | options))
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint: Path) -> Iterator[LLM]:
+    engine = start(checkpoint)
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="module")
+def chunking(checkpoint: Path) -> Iterator[LLM]:
+    engine = start(checkpoint, max_num_batched_tokens=24, max_num_seqs=8)
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+def prompt_of(length: int, checkpoint: Path) -> dict[str, list[int]]:
+    """Random codes, different from the first token on for every length."""
+    offsets = json.loads((checkpoint / "config.json").read_text())["code_token_offsets"]
+    rng = np.random.default_rng(length)
+    tokens = [offsets[i % 3] + int(rng.integers(0, LEVELS[i % 3])) for i in range(length)]
+    return {"prompt_token_ids": tokens}
+
+
+def ask(llm: LLM, prompts: list[dict[str, list[int]]], n: int = N, **options: object) -> list[RequestOutput]:
+    from vllm import SamplingParams
+
+    return llm.generate(prompts, SamplingParams(n=n, extra_args=options or None), use_tqdm=False)
+
+
+@pytest.fixture(scope="module")
+def fresh(llm: LLM, checkpoint: Path) -> list[RequestOutput]:
+    llm.reset_prefix_cache()
+    outputs = [ask(llm, [prompt_of(length, checkpoint)])[0] for length in LENGTHS]
+    assert all(output.num_cached_tokens == 0 for output in outputs)
+    return outputs
+
+
+def test_every_prompt_length_gives_the_same_answer_from_the_cache(
+    llm: LLM, fresh: list[RequestOutput], checkpoint: Path
+) -> None:
+    hits = 0
+    for length, expected in zip(LENGTHS, fresh, strict=True):
+        cached = ask(llm, [prompt_of(length, checkpoint)])[0]
+        assert cached.num_cached_tokens <= length - 1, "a hit reached into the last L + 1 tokens"
+        hits += cached.num_cached_tokens > 0
+        assert_same_answer(of_output(cached), of_output(expected))
+    assert hits >= 3 * BLOCK_SIZE - 1
+
+
+def test_every_prompt_length_gives_the_same_answer_in_a_batch_of_32(
+    llm: LLM, fresh: list[RequestOutput], checkpoint: Path
+) -> None:
+    llm.reset_prefix_cache()
+    for first in range(0, len(LENGTHS), 32):
+        batch = LENGTHS[first : first + 32]
+        outputs = ask(llm, [prompt_of(length, checkpoint) for length in batch])
+        for output, expected in zip(outputs, fresh[first : first + 32], strict=True):
+            assert_same_answer(of_output(output), of_output(expected))
+
+
+def test_every_prompt_length_gives_the_same_answer_in_chunks(
+    chunking: LLM, fresh: list[RequestOutput], checkpoint: Path
+) -> None:
+    for first in range(0, len(LENGTHS), 32):
+        batch = LENGTHS[first : first + 32]
+        outputs = ask(chunking, [prompt_of(length, checkpoint) for length in batch])
+        for output, expected in zip(outputs, fresh[first : first + 32], strict=True):
+            assert_same_answer(of_output(output), of_output(expected))
+
+
+def test_widths_and_validity_modes_mix_in_a_batch(llm: LLM, checkpoint: Path) -> None:
+    from vllm import SamplingParams
+
+    options = [(1, "stepwise"), (7, "final"), (64, "stepwise"), (512, "final"), (512, "stepwise"), (3, "stepwise")]
+    params = [SamplingParams(n=1, extra_args={"beam_width": width, "validity": mode}) for width, mode in options]
+    prompts = [prompt_of(20 + i, checkpoint) for i in range(len(options))]
+    together = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, param, expected in zip(prompts, params, together, strict=True):
+        alone = llm.generate([prompt], param, use_tqdm=False)[0]
+        assert_same_answer(of_output(alone), of_output(expected))
+
+
+def test_final_validity_returns_fewer_items_and_says_why(llm: LLM, checkpoint: Path) -> None:
+    output = ask(llm, [prompt_of(30, checkpoint)], n=20, beam_width=20, validity="final")[0]
+    assert len(output.outputs) < 20
+    assert output.nezha.returned == len(output.outputs)
+    assert "catalogue items" in output.nezha.reason
+
+
+def test_items_that_share_an_id_follow_each_other_in_the_catalogues_order(llm: LLM, checkpoint: Path) -> None:
+    from nezha_vllm.catalogue import Catalogue
+
+    catalogue = Catalogue.load(checkpoint / "catalogue")
+    output = ask(llm, [prompt_of(9, checkpoint)], n=512, beam_width=512)[0]
+    items = [item.text for item in output.outputs]
+    assert len(items) == len(set(items)) == 512
+    shared = [catalogue.rows_of_index(i) for i in range(catalogue.num_ids) if len(catalogue.rows_of_index(i)) > 1]
+    checked = 0
+    for rows in shared:
+        names = [catalogue.item_id(row) for row in rows]
+        if names[-1] in items:
+            first = items.index(names[0])
+            assert items[first : first + len(names)] == names
+            checked += 1
+    assert checked > 10
+
+
+def test_more_items_than_the_catalogue_has_are_all_of_them(tmp_path: Path) -> None:
+    from conftest import make_checkpoint
+
+    small = start(make_checkpoint(tmp_path / "small", items=5), max_model_len=64)
+    output = ask(small, [{"prompt": "<item:item-3>"}], n=50)[0]
+    small.llm_engine.engine_core.shutdown()
+    assert sorted(item.text for item in output.outputs) == [f"item-{i}" for i in range(5)]
+    assert output.nezha.reason is not None
+
+
+def test_offline_beam_search_equals_generate(llm: LLM, checkpoint: Path) -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    prompts = [prompt_of(12, checkpoint), prompt_of(40, checkpoint)]
+    beams = llm.beam_search(prompts, BeamSearchParams(beam_width=N, max_tokens=3))
+    outputs = ask(llm, prompts, beam_width=N)
+    for found, expected in zip(beams, outputs, strict=True):
+        assert_same_answer([(s.text, s.cum_logprob) for s in found.sequences], of_output(expected))
+        assert found.sequences[0].tokens[-3:] == list(expected.outputs[0].token_ids)

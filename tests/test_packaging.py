@@ -1,0 +1,86 @@
+"""The installed package: entry points, versions, and a folder called ``kernels`` that gets in nobody's way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+import pytest
+
+import nezha_vllm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_entry_points_lead_to_the_plugin_and_the_command() -> None:
+    plugin = next(entry for entry in entry_points(group="vllm.general_plugins") if entry.name == "nezha")
+    command = next(entry for entry in entry_points(group="console_scripts") if entry.name == "nezha")
+    assert plugin.load() is nezha_vllm.register
+    assert command.value == "nezha_vllm.cli:main"
+
+
+def test_versions_agree() -> None:
+    assert version("nezha-vllm") == nezha_vllm.__version__
+    assert f"## {nezha_vllm.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_kernels_is_importable_under_its_own_name_only(tmp_path: Path) -> None:
+    code = (
+        "import importlib.util as u, nezha_vllm.kernels as k; print(k.__file__); "
+        "s = u.find_spec('kernels'); print(s.origin if s else None)"
+    )
+    result = run_python(code, tmp_path)
+    assert result.returncode == 0, result.stderr
+    ours, top = result.stdout.splitlines()
+    assert top == "None" or not Path(top).is_relative_to(ROOT / "kernels"), "a top-level `kernels` is installed"
+    assert Path(ours).name == "__init__.py"
+
+
+def test_transformers_finds_its_hub_kernels_from_the_repository_root() -> None:
+    result = run_python("import sys; sys.path.insert(0, ''); import transformers.integrations.hub_kernels", ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_kernels_gives_way_to_the_hugging_face_package(tmp_path: Path, installed: bool) -> None:
+    if installed:
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text("from kernels.layer import Layer\n")
+        (tmp_path / "kernels" / "layer.py").write_text("class Layer: pass\n")
+    code = (
+        f"import sys; sys.path[:0] = ['', {str(tmp_path)!r}]\n"
+        "import kernels; print(hasattr(kernels, 'Layer'))\n"
+        "import nezha_vllm.kernels as ours; print(ours is kernels)"
+    )
+    result = run_python(code, ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(installed), "False"]
+
+
+def test_examples_are_python_that_compiles() -> None:
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def test_readme_names_the_two_commands_and_only_files_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "```\nmake demo\nmake test\n```" in readme
+    links = [part.split(")")[0] for part in readme.split("](")[1:]]
+    local = [link for link in links if not link.startswith("http")]
+    assert local
+    assert [link for link in local if not (ROOT / link).exists()] == []
+
+
+def test_no_file_is_two_ideas() -> None:
+    sources = [path for folder in ("nezha_vllm", "kernels", "tests") for path in (ROOT / folder).rglob("*.py")]
+    long = {
+        str(path.relative_to(ROOT)): count for path in sources if (count := len(path.read_bytes().splitlines())) > 400
+    }
+    assert long == {}
