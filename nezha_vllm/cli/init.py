@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|PATH",
         help="llama-1b, llama-3b, qwen3-0.6b, qwen3-1.7b, tiny, or a local Hugging Face folder",
     )
-    parser.add_argument("--random-weights", action="store_true", help="needed for a named backbone: nothing is downloaded")
+    parser.add_argument("--random-weights", action="store_true", help="for a named backbone; nothing is downloaded")
     parser.add_argument("--catalogue", metavar="DIR", help="catalogue folder to put in; its level sizes rule")
     parser.add_argument(
         "--random-items",
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="without --catalogue: size of a random one (default %(default)s)",
     )
     parser.add_argument("--levels", type=int, default=3, help="levels of the random catalogue (default %(default)s)")
-    parser.add_argument("--codes", type=int, default=512, help="codes a level of the random catalogue (default %(default)s)")
+    parser.add_argument("--codes", type=int, default=512, help="codes a level of the random one (default %(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0, help="of weights and random items (default %(default)s)")
     tiny = parser.add_argument_group("shape of --backbone tiny")
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         track=lambda names: track(names, "writing weights", console=console, total=len(names)),
     )
     console.print(
-        f"{arguments.out}: {config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size:,}, "
-        f"{catalogue.num_items:,} items on {catalogue.num_ids:,} semantic IDs of sizes {sizes}"
+        f"{arguments.out}: {config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size:,}"
+        f", {catalogue.num_items:,} items on {catalogue.num_ids:,} semantic IDs of sizes {sizes}"
     )
     return 0

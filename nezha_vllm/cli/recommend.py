@@ -68,8 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     if titles:
         console.print("after: " + " · ".join(titles.get(item) or item for item in history[-5:]), highlight=False)
     console.print(ranking(answer.items, titles))
-    if len(answer.items) < arguments.n:
-        console.print(f"{len(answer.items)} of {arguments.n}: the beams held no more items of the catalogue")
+    if answer.reason:
+        console.print(f"{len(answer.items)} of {arguments.n}: {answer.reason}", highlight=False)
     console.print(f"{answer.milliseconds:.1f} ms, catalogue {answer.catalogue_version}", highlight=False)
     return 0
 

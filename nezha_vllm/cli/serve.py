@@ -29,16 +29,19 @@ def run(arguments: argparse.Namespace) -> int:
     check_checkpoint(arguments.checkpoint)
     check_port_is_free(arguments.host, arguments.port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with Server(arguments.checkpoint, arguments.port, arguments.host, arguments.more) as server:
-        try:
+    try:
+        with Server(arguments.checkpoint, arguments.port, arguments.host, arguments.more) as server:
             seconds = server.wait_until_ready()
-        except ServerError as error:
-            print(f"nezha serve: {error}; the reason stands above")
-            return 1
-        print(
-            f"\nready after {seconds:.0f} s at {server.url}/v1. In another terminal:\n"
-            f"  nezha recommend --url {server.url} --catalogue {arguments.checkpoint}/catalogue --history ID ID …\n"
-            "Ctrl-C stops the server.\n",
-            flush=True,
-        )
-        return server.process.wait()
+            print(
+                f"\nready after {seconds:.0f} s at {server.url}/v1. In another terminal:\n"
+                f"  nezha recommend --url {server.url} --catalogue {arguments.checkpoint}/catalogue --history ID ID …\n"
+                "Ctrl-C stops the server.\n",
+                flush=True,
+            )
+            return server.process.wait()
+    except KeyboardInterrupt:
+        print("nezha serve: stopped")
+        return 0
+    except ServerError as error:
+        print(f"nezha serve: {error}; the reason stands above")
+        return 1

@@ -22,24 +22,23 @@ def read_titles(catalogue: str | Path) -> dict[str, str]:
     return dict(zip(items["item_id"].to_pylist(), items["title"].to_pylist(), strict=True))
 
 
-def ranking(items: Sequence[Item], titles: Mapping[str, str], heading: str = "", held_out: str | None = None) -> Table:
+def ranking(items: Sequence[Item], titles: Mapping[str, str], held_out: str | None = None) -> Table:
     """Rank, title, item ID and score; ``held_out`` is marked where it appears."""
-    table = Table(title=heading or None, title_justify="left", title_style="bold")
+    table = Table()
+    marked = held_out in [item.item_id for item in items]
     table.add_column("rank", justify="right")
     if titles:
         table.add_column("title")
     table.add_column("item")
     table.add_column("semantic ID")
     table.add_column("score", justify="right")
-    if held_out is not None:
+    if marked:
         table.add_column("")
     for rank, item in enumerate(items, start=1):
         hit = item.item_id == held_out
-        row = [str(rank)]
-        if titles:
-            row.append(titles.get(item.item_id) or "(no title)")
-        row += [item.item_id, "-".join(map(str, item.semantic_id)), f"{item.score:.2f}"]
-        if held_out is not None:
-            row.append("◀ watched next" if hit else "")
+        title = [titles.get(item.item_id) or "(no title)"] if titles else []
+        mark = ["◀ watched next" if hit else ""] if marked else []
+        semantic_id = "-".join(map(str, item.semantic_id))
+        row = [str(rank), *title, item.item_id, semantic_id, f"{item.score:.2f}", *mark]
         table.add_row(*row, style="bold green" if hit else None)
     return table

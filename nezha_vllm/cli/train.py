@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = TrainingOptions()
     parser.add_argument("dataset", metavar="DATASET", help="folder made by `nezha prepare`")
     parser.add_argument("catalogue", metavar="CATALOGUE", help="folder made by `nezha tokenize`")
-    parser.add_argument("--out", required=True, metavar="CKPT", help="checkpoint folder to write; replaced if it exists")
+    parser.add_argument("--out", required=True, metavar="CKPT", help="checkpoint folder to write or replace")
     parser.add_argument(
         "--backbone",
         default="scratch",
@@ -34,16 +34,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--epochs", int, "epochs", "passes over the data")
     option("--batch", int, "batch_size", "rows a step and device; a row trains up to --max-history targets")
     option("--lr", float, "learning_rate", "peak learning rate; with a backbone 1e-5")
-    option("--embedding-rate", float, "code_embedding_rate", "learning rate of code embeddings, relative; with a backbone 100")
-    option("--cell-rate", float, "cell_rate", "learning rate of the cells, relative; with a backbone 10")
+    option(
+        "--embedding-rate",
+        float,
+        "code_embedding_rate",
+        "relative rate of code embeddings; with a backbone 100",
+    )
+    option("--cell-rate", float, "cell_rate", "relative rate of the cells; with a backbone 10")
     option("--weight-decay", float, "weight_decay", "weight decay; with a backbone 1e-5")
     option("--warmup", float, "warmup", "share of the steps with a rising learning rate")
     option("--max-history", int, "max_history", "items of history, in training and evaluation")
     option("--dropout", float, "dropout", "dropout of embeddings and blocks; with a backbone 0")
+    option("--item-dropout", float, "item_dropout", "share of history items blotted out; with a backbone 0")
     option("--label-smoothing", float, "label_smoothing", "share of the loss spread over all codes")
     option("--patience", int, "patience", "stop after so many epochs without a better validation; 0: never")
     option("--seed", int, "seed", "of weights, order and dropout")
-    parser.add_argument("--select", choices=("loss", "ndcg@10"), help=f"what picks the best epoch (default {default.select})")
+    parser.add_argument(
+        "--select", choices=("loss", "ndcg@10"), help=f"picks the best epoch (default {default.select})"
+    )
     shape = parser.add_argument_group("shape of --backbone scratch")
     shape.add_argument("--family", choices=("llama", "qwen3"), default="llama")
     shape.add_argument("--hidden", type=int, default=128, help="hidden size (default %(default)s)")
@@ -94,7 +102,6 @@ def run(arguments: argparse.Namespace) -> int:
         options,
         run_folder,
         prefix=prefix_token_ids(tokenizer, model.config),
-        write=console.print,
     )
     if trainer.is_world_process_zero():
         save_trained(out, model, tokenizer, catalogue, dtype, options)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import io
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -54,7 +55,7 @@ def read_lines(path: Path, broken: BrokenLines) -> Iterator[tuple[int, str]]:
         path, "rb", description=f"reading {path.name}", console=console, transient=True, disable=not console.is_terminal
     ) as raw:
         lines = gzip.GzipFile(fileobj=cast(BinaryIO, raw)) if path.suffix == ".gz" else raw
-        for number, line in enumerate(io.BufferedReader(cast(io.RawIOBase, lines)), start=1):
+        for number, line in enumerate(_whole(path, io.BufferedReader(cast(io.RawIOBase, lines))), start=1):
             if not line.strip():
                 continue
             broken.read += 1
@@ -65,3 +66,10 @@ def read_lines(path: Path, broken: BrokenLines) -> Iterator[tuple[int, str]]:
                 continue
             yield number, text
     broken.check()
+
+
+def _whole(path: Path, lines: Iterable[bytes]) -> Iterator[bytes]:
+    try:
+        yield from lines
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is cut off or no gzip file ({error}); fetch it again") from error

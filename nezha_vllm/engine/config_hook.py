@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 SUPPORTED = (Version("0.26"), Version("0.34"))
 SCHEDULER = "nezha_vllm.engine.scheduler.make_scheduler"
-CPU_WORKER = "nezha_vllm.engine.worker.NezhaCPUWorker"
-GPU_WORKER = "nezha_vllm.engine.worker.NezhaGPUWorker"
+CPU_WORKER = "nezha_vllm.engine.cpu_worker.NezhaCPUWorker"
+GPU_WORKER = "nezha_vllm.engine.gpu_worker.NezhaGPUWorker"
 
 
 class NezhaConfigHook:
@@ -69,14 +69,14 @@ def check_vllm_version() -> None:
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Raise ``ValueError`` that names the flag for every vLLM feature that cannot work with one prefill and no decoding."""
+    """Raise ``ValueError`` naming the flag of a vLLM feature that cannot work with one prefill and no decoding."""
     model = vllm_config.model_config
     refusals = [
         (model.runner_type != "generate", "--runner pooling: NEZHA answers completions, leave the flag out"),
         (vllm_config.speculative_config, "--speculative-config: NEZHA has no decode steps to speculate on, remove it"),
-        (vllm_config.kv_transfer_config, "--kv-transfer-config: external prefix hits may cover placeholders, remove it"),
+        (vllm_config.kv_transfer_config, "--kv-transfer-config: external cache hits may cover placeholders, remove it"),
         (vllm_config.lora_config, "--enable-lora: the draft head belongs to one set of weights, remove it"),
-        (getattr(model, "enable_prompt_embeds", False), "--enable-prompt-embeds: prompts are text or token ids, remove it"),
+        (getattr(model, "enable_prompt_embeds", False), "--enable-prompt-embeds: prompts are tokens here, remove it"),
         (os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
          "VLLM_USE_RUST_FRONTEND: the Rust front end cannot return items, unset it"),
         (vllm_config.parallel_config.pipeline_parallel_size > 1,
@@ -101,6 +101,4 @@ def keep_prompt_tail_whole(vllm_config: VllmConfig) -> None:
             raise ValueError(f"{flag} is too small: the {tail} last tokens of a prompt are computed in one step")
     if not hasattr(type(vllm_config), "num_prefill_lookahead_tokens"):  # vLLM < 0.32 cannot reserve a prompt's tail
         scheduler.enable_chunked_prefill = False
-        scheduler.max_num_batched_tokens = max(
-            scheduler.max_num_batched_tokens, vllm_config.model_config.max_model_len
-        )
+        scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, vllm_config.model_config.max_model_len)

@@ -67,10 +67,8 @@ def _logprobs(token_ids: list[int], codes: list[int], log_probs: list[float]) ->
 def _summary(plan: Plan, ids: RankedIds, returned: int) -> Summary:
     reason = None
     if returned < plan.n:
-        reason = (
-            f"{ids.num_valid} of {ids.num_drafted} finished beams are catalogue items; "
-            + ("send validity=stepwise or a larger beam_width" if plan.validity == "final" else "the catalogue has no more")
-        )  # fmt: skip
+        remedy = "send validity=stepwise or a larger beam_width" if plan.validity == "final" else "there are no more"
+        reason = f"{ids.num_valid} of {ids.num_drafted} finished beams are catalogue items; {remedy}"
     version = plan.service.catalogue.version
     return Summary(plan.n, returned, plan.beam_width, ids.num_valid, ids.num_drafted, version, reason)
 

@@ -21,8 +21,8 @@ CHAT_REFUSAL = (
 def prepare(request: Any) -> Any:
     """A ``CompletionRequest`` in terms of a beam search over items. Raises a 400 for what has no meaning there.
 
-    ``use_beam_search`` asks vLLM for n beams and returns them all: so does this. Temperature has no effect on a ranking,
-    yet vLLM refuses temperature 0 with n > 1, so it is dropped; one token is all the engine has to generate.
+    ``use_beam_search`` asks vLLM for n beams and returns them all: so does this. Temperature has no effect on a
+    ranking, yet vLLM refuses temperature 0 with n > 1, so it is dropped; one token is all the engine has to generate.
     """
     for name in ("echo", "suffix", "prompt_embeds"):
         if getattr(request, name, None):
@@ -32,14 +32,16 @@ def prepare(request: Any) -> Any:
     if request.n < 1:
         raise bad_request("n", f"n must be at least 1, got {request.n}")
     if request.response_format is not None and request.response_format.type != "text":
-        raise bad_request("response_format", "response_format: structured outputs do not work with catalogue items; leave it out")
+        raise bad_request("response_format", "response_format does not work with catalogue items; leave it out")
     options = dict(request.vllm_xargs or {})
     check_options(options)
     if request.use_beam_search and "beam_width" not in options:
         options["beam_width"] = request.n
     changes = {"use_beam_search": False, "temperature": None, "max_tokens": 1, "min_tokens": 0, "stream_interval": None}
     known = {name: value for name, value in changes.items() if name in type(request).model_fields}
-    return request.model_copy(update={**known, "vllm_xargs": {name: options[name] for name in OPTIONS if name in options}})
+    return request.model_copy(
+        update={**known, "vllm_xargs": {name: options[name] for name in OPTIONS if name in options}}
+    )
 
 
 def extra_fields(item: RecommendedItem) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def extra_fields(item: RecommendedItem) -> dict[str, Any]:
 
 
 def annotate_response(response: Any, results: Sequence[Any], n: int) -> Any:
-    """Add scores to a ``CompletionResponse``; choice i of prompt p keeps the index p · n + i even if some are missing."""
+    """Add scores to a ``CompletionResponse``; choice i of prompt p has index p · n + i even if some are missing."""
     items = [(prompt, item) for prompt, result in enumerate(results) for item in result.outputs]
     for choice, (prompt, item) in zip(response.choices, items, strict=True):
         choice.index = prompt * n + item.index

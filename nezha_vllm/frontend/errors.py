@@ -1,4 +1,4 @@
-"""Bad input becomes a 400 with the parameter's name: ``VLLMValidationError`` is what every vLLM version maps to that."""
+"""Bad input becomes a 400 with the parameter's name: every vLLM version maps ``VLLMValidationError`` to that."""
 
 from __future__ import annotations
 

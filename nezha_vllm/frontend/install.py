@@ -140,8 +140,10 @@ def _build_response(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, final_res_batch: Any, request: Any, *args: Any, **kwargs: Any
     ) -> Any:
         response = original(self, final_res_batch, request, *args, **kwargs)
-        return response if service_of(self.model_config) is None else annotate_response(
-            response, final_res_batch, request.n
+        return (
+            response
+            if service_of(self.model_config) is None
+            else annotate_response(response, final_res_batch, request.n)
         )
 
     return request_output_to_completion_response

@@ -41,7 +41,9 @@ def make_plan(service: Service, params: SamplingParams) -> Plan:
     beam_width = options.get("beam_width", service.settings.beam_width)
     limit = service.settings.max_beam_width
     if beam_width > limit:
-        raise bad_request("beam_width", f"beam_width {beam_width} is over this server's maximum of {limit}; send at most {limit}")
+        raise bad_request(
+            "beam_width", f"beam_width {beam_width} is over this server's maximum of {limit}; send at most {limit}"
+        )
     if n > beam_width:
         raise bad_request("n", f"{n} items were asked for but beam_width is {beam_width}; lower n or raise beam_width")
     validity = options.get("validity", service.settings.validity)

@@ -41,7 +41,9 @@ def _check_codes(text: str, service: Service) -> None:
             last = LEVEL_NAMES[len(sizes) - 1]
             raise bad_request("prompt", f"code {match[0]} names a level that does not exist; levels are a to {last}")
         if int(match[2]) >= sizes[level]:
-            raise bad_request("prompt", f"code {match[0]} is out of range: level {match[1]} has 0 to {sizes[level] - 1}")
+            raise bad_request(
+                "prompt", f"code {match[0]} is out of range: level {match[1]} has 0 to {sizes[level] - 1}"
+            )
 
 
 def strip_placeholders(token_ids: Sequence[int], service: Service) -> list[int]:
@@ -62,7 +64,9 @@ def complete_prompt(token_ids: Sequence[int], service: Service) -> list[int]:
     if len(history) > service.max_prompt_tokens:
         raise too_long(len(history), service)
     if not set(service.placeholder_token_ids).isdisjoint(history):
-        raise bad_request("prompt", "the prompt has a placeholder before its end; leave placeholders out, the server appends them")
+        raise bad_request(
+            "prompt", "the prompt has a placeholder before its end; leave placeholders out, the server appends them"
+        )
     if not 0 <= min(history) <= max(history) < service.vocab_size:
         raise bad_request("prompt", f"the prompt has token ids outside 0 to {service.vocab_size - 1}")
     return [*history, *service.placeholder_token_ids]

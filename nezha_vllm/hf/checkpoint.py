@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from nezha_vllm.hf.tokenizer import add_semantic_ids, byte_tokenizer
 if TYPE_CHECKING:
     from nezha_vllm.catalogue import Catalogue
 
-Track = Callable[[Iterable[str]], Iterable[str]]
+Track = Callable[[Sequence[str]], Iterable[str]]
 
 
 def scratch_config(shape: dict[str, Any], codebook_sizes: list[int]) -> tuple[NezhaConfig, PreTrainedTokenizerBase]:

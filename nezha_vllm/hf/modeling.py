@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +155,7 @@ class NezhaQwen3ForCausalLM(_NezhaMixin, Qwen3PreTrainedModel):
         self._setup(config, Qwen3Model)
 
 
-MODEL_CLASSES = {"llama": NezhaLlamaForCausalLM, "qwen3": NezhaQwen3ForCausalLM}
+MODEL_CLASSES: dict[str, Any] = {"llama": NezhaLlamaForCausalLM, "qwen3": NezhaQwen3ForCausalLM}
 
 
 def register_models() -> None:

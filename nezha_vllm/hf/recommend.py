@@ -93,7 +93,9 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu
 
 def _items(beams: Beams, row: int, n: int, catalogue: Catalogue) -> list[Recommendation]:
     found: list[Recommendation] = []
-    indices, scores, levels = (tensor[row].tolist() for tensor in (beams.index_NK, beams.scores_NK, beams.log_probs_NKL))
+    indices, scores, levels = (
+        tensor[row].tolist() for tensor in (beams.index_NK, beams.scores_NK, beams.log_probs_NKL)
+    )
     for index, score, log_probs in zip(indices, scores, levels, strict=True):
         if index < 0 or len(found) >= n:
             break

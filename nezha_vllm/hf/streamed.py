@@ -18,7 +18,7 @@ def write_safetensors(
     shapes: Mapping[str, Sequence[int]],
     dtype: torch.dtype,
     make: Callable[[str], Tensor],
-    track: Callable[[Iterable[str]], Iterable[str]] = iter,
+    track: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> None:
     """Write ``make(name)`` for each name of ``shapes``, cast to ``dtype``.
 
@@ -33,7 +33,7 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in track(shapes):
+        for name in track(list(shapes)):
             tensor = make(name).to(dtype).contiguous()
             if tuple(tensor.shape) != tuple(shapes[name]):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shapes[name])}")

@@ -45,9 +45,10 @@ def add_semantic_ids(tokenizer: PreTrainedTokenizerBase, codebook_sizes: Sequenc
             [AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=True) for token in tokens],
             special_tokens=True,
         )
+    vocabulary = tokenizer.get_vocab()
     layout = TokenLayout(
-        [tokenizer.convert_tokens_to_ids(tokens[0]) for tokens in levels],
-        [tokenizer.convert_tokens_to_ids(token) for token in placeholders],
+        [vocabulary[tokens[0]] for tokens in levels],
+        [vocabulary[token] for token in placeholders],
     )
     for offset, tokens in zip(layout.code_token_offsets, levels, strict=True):
         if tokenizer.convert_tokens_to_ids(tokens) != list(range(offset, offset + len(tokens))):

@@ -26,7 +26,8 @@ class FeatureOptions:
 
     def __post_init__(self) -> None:
         weights = self.text_weight, self.cooccurrence_weight
-        if min(weights) < 0 or (self.text == "none" or not self.text_weight) and not self.cooccurrence_weight:
+        has_text = self.text != "none" and self.text_weight > 0
+        if min(weights) < 0 or not (has_text or self.cooccurrence_weight):
             raise ValueError(f"feature weights must not be negative and one must be positive, got {weights}")
         if self.components < 0:
             raise ValueError(f"components must be 0 (all) or more, got {self.components}")

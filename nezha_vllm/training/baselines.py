@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -24,7 +25,7 @@ class Markov:
         self.popularity = Popularity(sequences, item_ids)
         self.next_counts: dict[str, Counter[str]] = defaultdict(Counter)
         for items in sequences:
-            for item, following in zip(items, items[1:], strict=False):
+            for item, following in itertools.pairwise(items):
                 self.next_counts[item][following] += 1
 
     def recommend(self, history: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nezha_vllm.training.baselines import Markov, Popularity
 from nezha_vllm.training.evaluation import Track, recommended_items
@@ -35,9 +35,10 @@ class Comparison:
 
     @property
     def convention(self) -> str:
-        history = "items of the history left out" if self.exclude_history else "items of the history stay in the ranking"
+        history = "left out" if self.exclude_history else "kept in the ranking"
         return (
-            f"leave-one-out, {self.split}: {self.targets:,} users, all {self.items:,} items ranked, {history}; "
+            f"leave-one-out, {self.split}: {self.targets:,} users, all {self.items:,} items ranked, "
+            f"those of the history {history}; "
             f"NEZHA: last {self.max_history} items, beam width {self.beam_width}"
         )
 
@@ -56,19 +57,26 @@ def compare(
 ) -> Comparison:
     """Rank all items with every method; baselines count the training sequences, as the model did."""
     split, n = dataset.leave_one_out(), max(CUTOFFS)
-    histories, targets = split.history(part), split.valid_target if part == "valid" else split.test_target
+    histories = split.history(part)
+    targets = split.valid_target if part == "valid" else split.test_target
     width = beam_width or (model.config.max_beam_width if exclude_history else model.config.beam_width)
     # with exclusion the whole beam is asked for, since any of it may be history
     wanted = width if exclude_history else n
-    ask = {"n": wanted, "max_history": max_history, "beam_width": width, "prefix": prefix, "track": track}
+    ask: dict[str, Any] = {
+        "n": wanted,
+        "max_history": max_history,
+        "beam_width": width,
+        "prefix": prefix,
+        "track": track,
+    }
     if exclude_history:
         ask["batch_size"] = 8  # K = 512 beams of T codes each: memory grows with their product
-    lists = {"popularity": [], "Markov, first order": []}
+    lists: dict[str, list[list[str]]] = {"popularity": [], "Markov, first order": []}
     popularity, markov = Popularity(split.train, dataset.item_ids), Markov(split.train, dataset.item_ids)
     for history in histories:
         lists["popularity"].append(popularity.recommend(history))
         lists["Markov, first order"].append(markov.recommend(history))
-    lists["NEZHA"] = recommended_items(model, catalogue, histories, **ask)  # type: ignore[arg-type]
+    lists["NEZHA"] = recommended_items(model, catalogue, histories, **ask)
     if exclude_history:
         seen = [set(history) for history in histories]
         lists = {

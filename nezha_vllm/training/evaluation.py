@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     NezhaModel = NezhaLlamaForCausalLM | NezhaQwen3ForCausalLM
 
-Track = Callable[[Iterable[int]], Iterable[int]]
+Track = Callable[[Sequence[int]], Iterable[int]]
 
 
 def recommended_items(
@@ -44,10 +44,14 @@ def recommended_items(
 
 
 def model_ranks(
-    model: NezhaModel, catalogue: Catalogue, histories: Sequence[Sequence[str]], targets: Sequence[str], **options: object
+    model: NezhaModel,
+    catalogue: Catalogue,
+    histories: Sequence[Sequence[str]],
+    targets: Sequence[str],
+    **options: Any,
 ) -> np.ndarray:
     """Ranks of the targets, from 0; ``metrics.UNRANKED`` beyond the largest cut-off."""
-    return ranks_of(targets, recommended_items(model, catalogue, histories, **options))  # type: ignore[arg-type]
+    return ranks_of(targets, recommended_items(model, catalogue, histories, **options))
 
 
 @torch.no_grad()

@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from nezha_vllm.data.dataset import Split
     from nezha_vllm.training.evaluation import NezhaModel
 
-VALIDATION_BEAMS = 20
+VALIDATION_BEAMS = 10  # the ten best need no more, and it runs every epoch
 
 
 def codes_of(sequences: Sequence[Sequence[str]], catalogue: Catalogue) -> list[Tensor]:
@@ -43,7 +44,7 @@ def fit(
     run_folder: Path,
     *,
     prefix: Sequence[int] = (),
-    write: Callable[[str], None] = print,
+    write: Callable[[str], None] = tqdm.write,
 ) -> NezhaTrainer:
     """Train ``model`` in place on ``split.train``; it ends with the weights that validated best.
 
@@ -51,7 +52,7 @@ def fit(
         run_folder: where the Trainer keeps its checkpoints. If one of the same run is there, training goes on from it;
             one of another run is removed. The caller removes the folder when the result is safe.
     """
-    collator = PackedCollator(model.config, options.max_history, tuple(prefix))
+    collator = PackedCollator(model.config, options.max_history, tuple(prefix), options.item_dropout)
     add_dropout(model, options.dropout)
     model.label_smoothing = options.label_smoothing
 
@@ -79,7 +80,12 @@ def fit(
 
 
 class _Bar(ProgressCallback):
-    """The Trainer's bar without its dictionaries."""
+    """The Trainer's bar, named and without its dictionaries."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **arguments: Any) -> None:
+        super().on_train_begin(args, state, control, **arguments)
+        if self.training_bar is not None:
+            self.training_bar.set_description("training")
 
     def on_log(self, *_: object, **__: object) -> None:
         pass
@@ -113,7 +119,9 @@ def _arguments(options: TrainingOptions, run_folder: Path) -> TrainingArguments:
 def _resumable(run_folder: Path, options: TrainingOptions, model: NezhaModel, catalogue: Catalogue) -> str | None:
     """The last checkpoint of the same run, or None after clearing the folder of another one."""
     identity = json.loads(
-        json.dumps({"options": asdict(options), "catalogue": catalogue.version, "model": model.config.to_dict()}, default=str)
+        json.dumps(
+            {"options": asdict(options), "catalogue": catalogue.version, "model": model.config.to_dict()}, default=str
+        )
     )
     note = run_folder / "run.json"
     if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == identity:

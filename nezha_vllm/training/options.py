@@ -18,6 +18,7 @@ class TrainingOptions:
     warmup: float = 0.03
     max_history: int = 20
     dropout: float = 0.2
+    item_dropout: float = 0.0
     label_smoothing: float = 0.0
     patience: int = 0
     select: str = "loss"
@@ -29,7 +30,7 @@ class TrainingOptions:
                 raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"the learning rate must be positive, got {self.learning_rate}")
-        for name in ("dropout", "label_smoothing", "warmup"):
+        for name in ("dropout", "item_dropout", "label_smoothing", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', ' ')} must be in [0, 1), got {getattr(self, name)}")
         if self.select not in ("loss", "ndcg@10"):
@@ -37,4 +38,11 @@ class TrainingOptions:
 
 
 # Rates of the paper's code; they belong to a pretrained backbone.
-PRETRAINED = {"learning_rate": 1e-5, "code_embedding_rate": 100.0, "cell_rate": 10.0, "weight_decay": 1e-5, "dropout": 0.0}
+PRETRAINED = {
+    "learning_rate": 1e-5,
+    "code_embedding_rate": 100.0,
+    "cell_rate": 10.0,
+    "weight_decay": 1e-5,
+    "dropout": 0.0,
+    "item_dropout": 0.0,
+}

@@ -51,9 +51,9 @@ def starting_model(
         return MODEL_CLASSES[shape.family](config), tokenizer, torch.float32
     if not (Path(backbone) / "config.json").is_file():
         raise ValueError(f"--backbone {backbone}: neither `scratch` nor a folder with a config.json")
-    stored = AutoConfig.from_pretrained(backbone)
+    stored: Any = AutoConfig.from_pretrained(backbone)
     saved_dtype = stored.dtype if isinstance(stored.dtype, torch.dtype) else torch.float32
-    if isinstance(stored, tuple(CONFIG_CLASSES.values())):
+    if type(stored) in CONFIG_CLASSES.values():
         check_catalogue(stored, catalogue)
         model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(backbone), saved_dtype
@@ -77,7 +77,8 @@ def save_trained(
 ) -> None:
     """Write the checkpoint folder; it appears complete or not at all. ``training.json`` keeps the options."""
     with replacing(folder, "config.json") as scratch:
-        model.to("cpu", dtype).save_pretrained(scratch, max_shard_size="1TB")
+        weights: Any = model.to(dtype=dtype)  # type: ignore[call-arg]
+        weights.save_pretrained(scratch, max_shard_size="1TB")
         tokenizer.save_pretrained(scratch)
         catalogue.save(scratch / model.config.catalogue)
         (scratch / TRAINING_NOTE).write_text(json.dumps(asdict(options), indent=2) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ QUIET_WEIGHT_DECAY = 1e-3  # relative weight decay of code embeddings and cells 
 
 
 def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[str, Any]]:
-    """Learning rate and weight decay by part: backbone and logit heads, code embeddings, cells. None on norms, biases."""
+    """Learning rate and weight decay by part; norms and biases do not decay."""
     rates = {"code_embeddings": options.code_embedding_rate, "cells": options.cell_rate}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -41,10 +41,12 @@ class NezhaTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
         return self.optimizer
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         with torch.random.fork_rng():  # an evaluation must not change what training draws next
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.validate().items()}
-        self.model.train()
+        self.model.train()  # type: ignore[union-attr]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -59,6 +61,6 @@ class EpochLine(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         self.train_loss = (logs or {}).get("loss", self.train_loss)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        shown = "  ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items())
+    def on_evaluate(self, args: Any, state: Any, control: Any, **arguments: Any) -> None:
+        shown = "  ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in arguments["metrics"].items())
         self.write(f"epoch {round(state.epoch or 0)}: training loss {self.train_loss:.4f}  validation {shown}")

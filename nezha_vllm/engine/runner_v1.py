@@ -1,4 +1,4 @@
-"""Model Runner V1: no model-level sampler hook exists, so a worker swaps in a runner with the two overrides needed."""
+"""Model Runner V1 has no model-level sampler hook: a worker swaps in a runner with the two overrides needed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-from vllm.v1.worker.gpu_worker import Worker
 
 from nezha_vllm.engine.draft_stage import DraftStage, Search
 
@@ -39,7 +36,7 @@ class _SamplerV1:
         return SamplerOutput(sampled, LogprobsTensors(token_ids, log_probs, ranks))
 
 
-class _RunnerMixin:
+class NezhaRunnerMixin:
     """Overrides only; instances are made by vLLM and have their class swapped."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -50,25 +47,3 @@ class _RunnerMixin:
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         last, *rest = super()._prepare_inputs(*args, **kwargs)  # type: ignore[misc]
         return self.draft_stage.widen(last), *rest
-
-
-class NezhaCPUModelRunner(_RunnerMixin, CPUModelRunner):
-    pass
-
-
-class NezhaGPUModelRunner(_RunnerMixin, GPUModelRunner):
-    pass
-
-
-class NezhaCPUWorker(CPUWorker):
-    def init_device(self) -> None:
-        super().init_device()
-        if not getattr(self, "use_v2_model_runner", False):
-            self.model_runner.__class__ = NezhaCPUModelRunner
-
-
-class NezhaGPUWorker(Worker):
-    def init_device(self) -> None:
-        super().init_device()
-        if not self.use_v2_model_runner:
-            self.model_runner.__class__ = NezhaGPUModelRunner

@@ -1,0 +1,94 @@
+"""The plugin's way into vLLM, without starting an engine."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from nezha_vllm.config import ARCHITECTURES
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
+    (plugin,) = [found for found in entry_points(group="vllm.general_plugins") if found.name == "nezha"]
+    plugin.load()()
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    for architecture in ARCHITECTURES.values():
+        assert architecture in ModelRegistry.get_supported_archs()
+        assert architecture in MODELS_CONFIG_MAP
+
+
+def test_registering_twice_changes_nothing() -> None:
+    from vllm.renderers.registry import RENDERER_REGISTRY
+
+    from nezha_vllm import register
+
+    register()
+    before = dict(RENDERER_REGISTRY.renderers)
+    register()
+    assert before == RENDERER_REGISTRY.renderers
+
+
+def test_registering_changes_no_class_of_vllm() -> None:
+    """Other models served beside the installed plugin must find vLLM as it is."""
+    script = (
+        "import nezha_vllm; nezha_vllm.register();"
+        "from vllm.v1.engine.input_processor import InputProcessor as I;"
+        "from vllm.v1.engine.output_processor import RequestState as R;"
+        "assert not hasattr(I.process_inputs, '__wrapped__');"
+        "assert not hasattr(R.from_new_request, '__wrapped__')"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_every_wrapped_signature_is_the_expected_one() -> None:
+    from nezha_vllm.frontend.install import _wrappers, probe
+
+    for owner, name, arguments, _ in _wrappers():
+        probe(owner, name, arguments)
+
+
+def test_a_changed_signature_is_reported_by_name() -> None:
+    from nezha_vllm.frontend.install import VllmChangedError, probe
+
+    class Changed:
+        def process_inputs(self, prompt: str, request_id: str) -> None: ...
+
+    with pytest.raises(VllmChangedError, match=r"Changed\.process_inputs takes \['prompt', 'request_id'\]"):
+        probe(Changed, "process_inputs", ("request_id", "prompt", "params"))
+    with pytest.raises(VllmChangedError, match=r"Changed\.from_new_request is gone"):
+        probe(Changed, "from_new_request", ())
+
+
+def test_vllms_contract_with_schedulers_and_runners_is_the_expected_one() -> None:
+    """Private names that the engine builds on; each would fail late and far away if vLLM renamed it."""
+    from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.outputs import LogprobsTensors
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    found = list(inspect.signature(KVCacheCoordinator.find_longest_cache_hit).parameters)
+    assert found == ["self", "block_hashes", "max_cache_hit_length"]
+    assert "self.coordinator.find_longest_cache_hit" in inspect.getsource(KVCacheManager.get_computed_blocks)
+    assert "self.num_prefill_lookahead" in inspect.getsource(Scheduler._reserve_prefill_lookahead)
+    assert "discard_request_mask" in inspect.getsource(GPUModelRunner)
+    assert "logits_indices" in inspect.getsource(GPUModelRunner._prepare_inputs)
+    assert LogprobsTensors._fields[:3] == ("logprob_token_ids", "logprobs", "selected_token_ranks")
+
+
+def test_the_cpu_worker_is_not_imported_with_the_gpu_worker() -> None:
+    """vLLM's CPU worker replaces classes of Model Runner V2 as it is imported."""
+    script = (
+        "import sys, nezha_vllm; nezha_vllm.register(); import nezha_vllm.engine.gpu_worker, nezha_vllm.engine.model;"
+        "assert 'vllm.v1.worker.cpu_worker' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True)

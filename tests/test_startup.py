@@ -1,0 +1,143 @@
+"""What cannot be served stops start-up with a message that names the file or flag and the remedy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nezha_vllm.catalogue import Catalogue
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def broken(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint to break."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "nezha-broken"))
+
+
+def configure(checkpoint: Path, **options: Any) -> Any:
+    """Everything that `vllm serve` does before it starts an engine process, renderer included."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.renderers.registry import renderer_from_config
+
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
+    config = EngineArgs(model=str(checkpoint), **(settings | options)).create_engine_config()
+    renderer_from_config(config)
+    return config
+
+
+def edit(checkpoint: Path, **fields: Any) -> None:
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_no_flag_is_needed(checkpoint: Path) -> None:
+    config = configure(checkpoint)
+    assert config.parallel_config.worker_cls.startswith("nezha_vllm.engine.")
+    assert config.scheduler_config.scheduler_cls == "nezha_vllm.engine.scheduler.make_scheduler"
+    assert config.model_config.tokenizer_mode == "nezha"
+
+
+def test_missing_catalogue(broken: Path) -> None:
+    shutil.rmtree(broken / "catalogue")
+    with pytest.raises(ValueError, match=r"manifest\.json.*nezha tokenize"):
+        configure(broken)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "items.arrow", "keys.safetensors"])
+def test_damaged_catalogue(broken: Path, name: str) -> None:
+    path = broken / "catalogue" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x55
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=name):
+        configure(broken)
+
+
+def test_catalogue_of_other_levels(broken: Path) -> None:
+    Catalogue.build(["a"], [[0, 0, 0]], [16, 24, 33]).save(broken / "catalogue")
+    with pytest.raises(ValueError, match=r"catalogue .* has codebook sizes \[16, 24, 33\] .* config\.json"):
+        configure(broken)
+
+
+def test_placeholders_missing_in_the_tokenizer(broken: Path) -> None:
+    path = broken / "tokenizer.json"
+    path.write_text(path.read_text().replace("<sp_2>", "<xx_2>"))
+    with pytest.raises(ValueError, match=r"tokenizer of .*<sp_2>.*nezha init"):
+        configure(broken)
+
+
+def test_config_without_placeholders(broken: Path) -> None:
+    edit(broken, placeholder_token_ids=[])
+    with pytest.raises(ValueError, match=r"config\.json.*placeholder_token_ids"):
+        configure(broken)
+
+
+def test_draft_head_of_another_shape(broken: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from vllm import LLM
+
+    edit(
+        broken,
+        codebook_sizes=[16, 24, 30],
+        code_token_offsets=json.loads((broken / "config.json").read_text())["code_token_offsets"],
+    )
+    Catalogue.build(["a"], [[0, 0, 0]], [16, 24, 30]).save(broken / "catalogue")
+    with pytest.raises(RuntimeError, match="initialization failed"):
+        LLM(str(broken), dtype="float32", enforce_eager=True, max_model_len=64)
+    assert "model.safetensors: draft head weights ['logit_heads.2.weight']" in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            "speculative",
+        ),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "kv-transfer"),
+        ({"enable_lora": True}, "enable-lora"),
+        ({"runner": "pooling"}, "runner pooling"),
+        ({"max_num_batched_tokens": 3, "max_num_seqs": 2}, "max-num-batched-tokens"),
+        ({"tokenizer_mode": "mistral"}, "tokenizer-mode"),
+        ({"additional_config": {"nezha": {"beam_widht": 5}}}, "beam_widht"),
+        ({"additional_config": {"nezha": {"beam_width": 9, "max_beam_width": 5}}}, "max_beam_width"),
+        ({"additional_config": {"nezha": {"validity": "always"}}}, "validity"),
+    ],
+)
+def test_flags_that_cannot_work(checkpoint: Path, options: dict[str, Any], flag: str) -> None:
+    with pytest.raises(ValueError, match=flag):
+        configure(checkpoint, **options)
+
+
+def test_the_rust_front_end(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_RUST_FRONTEND"):
+        configure(checkpoint)
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0"])
+def test_a_vllm_outside_the_tested_range(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr("vllm.__version__", version)
+    with pytest.raises(ValueError, match=r"0\.26 to 0\.34.*pip install"):
+        configure(checkpoint)
+
+
+def test_a_vllm_whose_patched_signatures_changed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.output_processor import RequestState
+
+    monkeypatch.setattr(RequestState, "from_new_request", classmethod(lambda cls, request: None))
+    with pytest.raises(RuntimeError, match=r"RequestState\.from_new_request takes \['request'\]"):
+        configure(checkpoint)
+
+
+def test_settings_of_the_server_override_the_checkpoint(checkpoint: Path) -> None:
+    from nezha_vllm.engine.settings import ServerSettings
+
+    config = configure(checkpoint, additional_config={"nezha": {"beam_width": 7, "validity": "final"}})
+    settings = ServerSettings.from_vllm(config)
+    assert (settings.beam_width, settings.max_beam_width, settings.validity) == (7, 512, "final")

@@ -1,0 +1,203 @@
+"""Training: packing covers the data, the loss falls, the best weights are kept, runs resume, baselines and metrics."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.data.dataset import Dataset
+from nezha_vllm.training.baselines import Markov, Popularity
+from nezha_vllm.training.comparison import compare, table, to_json
+from nezha_vllm.training.evaluation import model_ranks, target_loss
+from nezha_vllm.training.fit import codes_of, fit
+from nezha_vllm.training.metrics import UNRANKED, ndcg, ranks_of, summary
+from nezha_vllm.training.options import PRETRAINED, TrainingOptions
+from nezha_vllm.training.packing import Segments
+from nezha_vllm.training.regularise import add_dropout
+from nezha_vllm.training.start import starting_model
+from nezha_vllm.training.trainer import parameter_groups
+
+SIZES = [4, 4, 4]
+ITEMS = [f"i{number}" for number in range(24)]
+SHAPE = SimpleNamespace(family="llama", hidden=64, layers=1, heads=2, intermediate=None)
+FAST = {"epochs": 15, "batch_size": 8, "learning_rate": 1e-2, "max_history": 6, "dropout": 0.0, "weight_decay": 0.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are so small that threads cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def catalogue():
+    keys = np.random.default_rng(0).permutation(64)[: len(ITEMS)]
+    return Catalogue.build(ITEMS, np.stack([keys // 16, keys // 4 % 4, keys % 4], axis=1), SIZES)
+
+
+@pytest.fixture(scope="module")
+def rings():
+    """Users walk round a ring of items in steps of one or of five: the next item follows from the last two."""
+    users, sequences = [], []
+    for start in range(len(ITEMS)):
+        for step in (1, 5):
+            users.append(f"u{start}-{step}")
+            sequences.append([ITEMS[(start + step * turn) % len(ITEMS)] for turn in range(12)])
+    items = pa.table({"item_id": ITEMS, "title": ITEMS, "text": ITEMS})
+    return Dataset("rings", users, sequences, items)
+
+
+def start(catalogue, seed=0):
+    model, tokenizer, _ = starting_model("scratch", catalogue, SHAPE, seed)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 8, 20])
+def test_pieces_are_parts_of_the_sequence_and_cover_every_target(length):
+    codes = torch.arange(length)[:, None].expand(length, 3)
+    pieces = Segments([codes, codes[:1]], max_history=6)
+    assert len(pieces) == -(-(length - 1) // 6)
+    seen = Counter()
+    for _ in range(50):
+        for index in range(len(pieces)):
+            piece = pieces[index][:, 0]
+            assert 2 <= len(piece) <= 7
+            assert (piece.diff() == 1).all()
+            seen.update(piece[1:].tolist())
+    assert set(seen) == set(range(1, length))
+
+
+def test_a_small_model_learns_the_data_by_heart(catalogue, rings, tmp_path):
+    split = rings.leave_one_out()
+    model, _ = start(catalogue)
+    lines = []
+    before = target_loss(model, catalogue, split.train, split.valid_target, max_history=6)
+    trainer = fit(model, catalogue, split, TrainingOptions(**FAST), tmp_path / "run", write=lines.append)
+    after = target_loss(model, catalogue, split.train, split.valid_target, max_history=6)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert after < 0.05 * before
+    assert losses[-1] < losses[0] / 2
+    ranks = model_ranks(model, catalogue, split.history("test"), split.test_target, max_history=6)
+    assert (ranks == 0).all()
+    assert len(lines) == FAST["epochs"]
+
+
+def test_the_weights_that_validated_best_are_kept(catalogue, rings, tmp_path):
+    split = rings.leave_one_out()
+    model, _ = start(catalogue)
+    # a learning rate this high spoils what the first epochs learn
+    options = TrainingOptions(**(FAST | {"epochs": 6, "learning_rate": 0.1, "warmup": 0.5}))
+    trainer = fit(model, catalogue, split, options, tmp_path / "run", write=lambda line: None)
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    kept = target_loss(model, catalogue, split.train, split.valid_target, max_history=6)
+    assert kept == pytest.approx(min(losses), abs=1e-5)
+
+
+def test_an_interrupted_run_ends_like_one_that_was_not(catalogue, rings, tmp_path):
+    split = rings.leave_one_out()
+    options = TrainingOptions(**(FAST | {"epochs": 4, "dropout": 0.1}))
+
+    def stop_after(epochs):
+        def write(line):
+            if line.startswith(f"epoch {epochs}:"):
+                raise KeyboardInterrupt
+
+        return write
+
+    whole, _ = start(catalogue)
+    fit(whole, catalogue, split, options, tmp_path / "whole", write=lambda line: None)
+    broken, _ = start(catalogue)
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, catalogue, split, options, tmp_path / "broken", write=stop_after(3))
+    again, _ = start(catalogue)
+    lines = []
+    fit(again, catalogue, split, options, tmp_path / "broken", write=lines.append)
+    assert [line.split(":")[0] for line in lines] == ["epoch 3", "epoch 4"]
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, msg=name)
+
+
+def test_another_run_does_not_resume_from_the_first(catalogue, rings, tmp_path):
+    split = rings.leave_one_out()
+    for epochs in (1, 2):
+        lines = []
+        model, _ = start(catalogue)
+        fit(
+            model,
+            catalogue,
+            split,
+            TrainingOptions(**(FAST | {"epochs": epochs})),
+            tmp_path / "run",
+            write=lines.append,
+        )
+        assert len(lines) == epochs
+
+
+def test_learning_rates_and_decay_by_part(catalogue):
+    model, _ = start(catalogue)
+    groups = parameter_groups(model, TrainingOptions(**(PRETRAINED | {"weight_decay": 0.1})))
+    found = {id(member): group for group in groups for member in group["params"]}
+    head = model.draft_head
+    assert len(found) == len(list(model.parameters()))
+    assert found[id(head.code_embeddings[0].weight)]["lr"] == pytest.approx(1e-3)
+    assert found[id(head.cells[0].weight_hh)]["lr"] == pytest.approx(1e-4)
+    assert found[id(head.cells[0].weight_hh)]["weight_decay"] == pytest.approx(1e-4)
+    assert found[id(head.logit_heads[0].weight)]["lr"] == pytest.approx(1e-5)
+    assert found[id(model.model.layers[0].mlp.up_proj.weight)]["weight_decay"] == pytest.approx(0.1)
+    assert found[id(model.model.norm.weight)]["weight_decay"] == 0
+
+
+def test_dropout_acts_in_training_only(catalogue):
+    model, _ = start(catalogue)
+    ids = torch.tensor([[300 - 40, 261, 262, *model.config.placeholder_token_ids]])
+    plain = model.eval().hidden_states_for(ids)
+    add_dropout(model, 0.5)
+    assert torch.equal(model.hidden_states_for(ids), plain)
+    assert not torch.equal(model.train().hidden_states_for(ids), plain)
+
+
+def test_metrics_count_from_the_rank_of_the_target():
+    ranks = ranks_of(["a", "b", "c", "d"], [["a"], ["x", "b"], list("uvwxyc"), ["z"]])
+    assert ranks.tolist() == [0, 1, 5, UNRANKED]
+    found = summary(ranks)
+    assert found["hit@5"] == 0.5
+    assert found["hit@10"] == 0.75
+    assert found["ndcg@5"] == pytest.approx((1 + 1 / np.log2(3)) / 4)
+    assert ndcg(ranks, 10) == pytest.approx((1 + 1 / np.log2(3) + 1 / np.log2(7)) / 4)
+
+
+def test_baselines_rank_every_item_in_a_defined_order():
+    sequences = [["a", "b", "c"], ["a", "b"], ["b", "c"], ["d", "a"]]
+    assert Popularity(sequences, list("dcbae")).recommend([]) == list("abcde")
+    markov = Markov(sequences, list("dcbae"))
+    assert markov.recommend(["d", "b"]) == list("cabde")
+    assert markov.recommend(["never seen"]) == list("abcde")
+
+
+def test_comparison_treats_every_method_alike(catalogue, rings):
+    model, _ = start(catalogue)
+    kept = compare(model, catalogue, rings, part="test", max_history=6)
+    assert list(kept.rows) == ["popularity", "Markov, first order", "NEZHA"]
+    assert kept.rows["Markov, first order"]["hit@5"] == 1  # two followers an item
+    without = compare(model, catalogue, rings, part="test", max_history=6, exclude_history=True)
+    assert all(without.rows[name]["hit@10"] >= kept.rows[name]["hit@10"] for name in kept.rows)
+    assert without.rows["NEZHA"]["hit@10"] > kept.rows["NEZHA"]["hit@10"]
+    assert json.loads(to_json(kept))["rows"] == kept.rows
+    assert table(kept).row_count == 3
+
+
+def test_codes_of_unknown_items_are_refused(catalogue):
+    with pytest.raises(KeyError, match="nobody"):
+        codes_of([["i0", "nobody"]], catalogue)
+    with pytest.raises(ValueError, match="dropout"):
+        TrainingOptions(dropout=1.0)
