@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from vllm import LLM
 from hypothesis import settings
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
