@@ -43,6 +43,14 @@ def test_no_flag_is_needed(checkpoint: Path) -> None:
     assert config.model_config.tokenizer_mode == "nezha"
 
 
+def test_a_cpu_server_does_not_compile_unless_told_to(checkpoint: Path) -> None:
+    from vllm.config import CompilationMode
+
+    assert configure(checkpoint, enforce_eager=False).compilation_config.mode == CompilationMode.NONE
+    told = configure(checkpoint, enforce_eager=False, compilation_config={"mode": 3})
+    assert told.compilation_config.mode != CompilationMode.NONE
+
+
 def test_missing_catalogue(broken: Path) -> None:
     shutil.rmtree(broken / "catalogue")
     with pytest.raises(ValueError, match=r"manifest\.json.*nezha tokenize"):

@@ -19,7 +19,7 @@ from nezha_vllm.training.evaluation import model_ranks, target_loss
 from nezha_vllm.training.fit import codes_of, fit
 from nezha_vllm.training.metrics import UNRANKED, ndcg, ranks_of, summary
 from nezha_vllm.training.options import PRETRAINED, TrainingOptions
-from nezha_vllm.training.packing import Segments
+from nezha_vllm.training.packing import PackedCollator, Segments
 from nezha_vllm.training.regularise import add_dropout
 from nezha_vllm.training.start import starting_model
 from nezha_vllm.training.trainer import parameter_groups
@@ -27,7 +27,15 @@ from nezha_vllm.training.trainer import parameter_groups
 SIZES = [4, 4, 4]
 ITEMS = [f"i{number}" for number in range(24)]
 SHAPE = SimpleNamespace(family="llama", hidden=64, layers=1, heads=2, intermediate=None)
-FAST = {"epochs": 15, "batch_size": 8, "learning_rate": 1e-2, "max_history": 6, "dropout": 0.0, "weight_decay": 0.0}
+FAST = {
+    "epochs": 15,
+    "batch_size": 8,
+    "learning_rate": 1e-2,
+    "max_history": 6,
+    "dropout": 0.0,
+    "item_dropout": 0.0,
+    "weight_decay": 0.0,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -201,3 +209,16 @@ def test_codes_of_unknown_items_are_refused(catalogue):
         codes_of([["i0", "nobody"]], catalogue)
     with pytest.raises(ValueError, match="dropout"):
         TrainingOptions(dropout=1.0)
+
+
+def test_item_dropout_blots_out_history_but_no_target(catalogue):
+    model, _ = start(catalogue)
+    codes = codes_of([ITEMS[:7]], catalogue)
+    plain = PackedCollator(model.config, 6)(codes)
+    torch.manual_seed(0)
+    blotted = PackedCollator(model.config, 6, item_dropout=0.5)(codes)
+    assert torch.equal(plain["labels"], blotted["labels"])
+    changed = (plain["input_ids"] != blotted["input_ids"]).view(12, 3)
+    assert 0 < changed[:6].all(1).sum() < 6
+    assert torch.equal(changed.all(1), changed.any(1))
+    assert not changed[6:].any()

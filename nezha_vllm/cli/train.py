@@ -54,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shape = parser.add_argument_group("shape of --backbone scratch")
     shape.add_argument("--family", choices=("llama", "qwen3"), default="llama")
-    shape.add_argument("--hidden", type=int, default=128, help="hidden size (default %(default)s)")
+    shape.add_argument("--hidden", type=int, default=64, help="hidden size (default %(default)s)")
     shape.add_argument("--layers", type=int, default=2, help="number of layers (default %(default)s)")
-    shape.add_argument("--heads", type=int, default=4, help="attention heads; hidden / heads must be 32, 64, 96 or 128")
-    shape.add_argument("--intermediate", type=int, help="size of the feed-forward layer (default 2 × hidden)")
+    shape.add_argument("--heads", type=int, default=2, help="attention heads; hidden / heads must be 32, 64, 96 or 128")
+    shape.add_argument("--intermediate", type=int, help="size of the feed-forward layer (default 4 × hidden)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -43,6 +43,9 @@ class NezhaConfigHook:
         from nezha_vllm.frontend.service import Service
 
         refuse_unsupported(vllm_config)
+        if current_platform.is_cpu() and vllm_config.compilation_config.mode is None:
+            # measured on 2 cores: torch.compile adds 30 s to the start and nothing to a request (9.9 against 9.1 ms)
+            vllm_config.model_config.enforce_eager = True
         parallel = vllm_config.parallel_config
         worker = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
         if parallel.worker_cls not in ("auto", worker):

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 class TrainingOptions:
     """``*_rate`` are relative to ``learning_rate``; a batch counts rows of up to ``max_history`` targets each."""
 
-    epochs: int = 10
+    epochs: int = 16
     batch_size: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 6e-3
     code_embedding_rate: float = 1.0
     cell_rate: float = 1.0
     weight_decay: float = 0.01
     warmup: float = 0.03
     max_history: int = 20
-    dropout: float = 0.2
-    item_dropout: float = 0.0
+    dropout: float = 0.1
+    item_dropout: float = 0.15
     label_smoothing: float = 0.0
     patience: int = 0
     select: str = "loss"

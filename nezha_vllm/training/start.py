@@ -44,7 +44,7 @@ def starting_model(
                 hidden_size=shape.hidden,
                 num_hidden_layers=shape.layers,
                 num_attention_heads=shape.heads,
-                intermediate_size=shape.intermediate or 2 * shape.hidden,
+                intermediate_size=shape.intermediate,
             ),
             sizes,
         )
