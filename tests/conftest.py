@@ -17,6 +17,8 @@ from hypothesis import settings
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# float32 attention on a GPU is Triton's, which rounds to tf32 otherwise: 1e-3 on scores
+os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 # no deadline an example: a machine that runs other things at the same time would break it now and then
 settings.register_profile("nezha", deadline=None)

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 def answers(checkpoint: Path, **options: object) -> list[RequestOutput]:
     """Every prompt length alone, then all of them in batches of 32."""
-    engine = start(checkpoint, enable_prefix_caching=False, gpu_memory_utilization=0.2, **options)
+    engine = start(checkpoint, **({"enable_prefix_caching": False, "gpu_memory_utilization": 0.2} | options))
     prompts = [prompt_of(length, checkpoint) for length in LENGTHS]
     alone = [ask(engine, [prompt])[0] for prompt in prompts]
     batched = [output for first in range(0, len(prompts), 32) for output in ask(engine, prompts[first : first + 32])]
@@ -86,9 +86,16 @@ def test_graphs_do_not_change_bfloat16_answers(
         assert abs(of_output(found)[0][1] - of_output(other)[0][1]) < 0.1
 
 
+CHUNKS_AND_CACHE = {"max_num_batched_tokens": 24, "max_num_seqs": 8, "enable_prefix_caching": True}
+
+
+@pytest.mark.parametrize("options", [{}, CHUNKS_AND_CACHE], ids=["whole", "chunks and cache"])
 def test_float32_equals_the_reference(
-    checkpoint: Path, expected: list[list[tuple[str, float]]], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    options: dict[str, object],
+    expected: list[list[tuple[str, float]]],
 ) -> None:
-    monkeypatch.setenv("TRITON_F32_DEFAULT", "ieee")  # attention would round to tf32: 1e-3 on scores
-    for output, ranking in zip(answers(checkpoint, dtype="float32"), expected, strict=True):
+    outputs = answers(checkpoint, dtype="float32", **options)
+    assert any(output.num_cached_tokens for output in outputs) == bool(options)
+    for output, ranking in zip(outputs, expected, strict=True):
         assert_same_answer(of_output(output), ranking)

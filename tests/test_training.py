@@ -127,6 +127,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(catalogue, rings, tmp_pat
     broken, _ = start(catalogue)
     with pytest.raises(KeyboardInterrupt):
         fit(broken, catalogue, split, options, tmp_path / "broken", write=stop_after(3))
+    (tmp_path / "broken" / "checkpoint-99").mkdir()  # as if stopped while it was written
     again, _ = start(catalogue)
     lines = []
     fit(again, catalogue, split, options, tmp_path / "broken", write=lines.append)

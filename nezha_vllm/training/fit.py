@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +10,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from nezha_vllm.training.evaluation import model_ranks, target_loss
 from nezha_vllm.training.metrics import ndcg
 from nezha_vllm.training.options import TrainingOptions
 from nezha_vllm.training.packing import PackedCollator, Segments
 from nezha_vllm.training.regularise import add_dropout
+from nezha_vllm.training.resume import identity, resumable
 from nezha_vllm.training.trainer import EpochLine, NezhaTrainer
 
 if TYPE_CHECKING:
@@ -75,7 +72,9 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar)
-    trainer.train(resume_from_checkpoint=_resumable(run_folder, options, model, catalogue))
+    with trainer.args.main_process_first(local=False):
+        last = resumable(run_folder, identity(options, catalogue, model.config, split.train))
+    trainer.train(resume_from_checkpoint=last)
     return trainer
 
 
@@ -114,19 +113,3 @@ def _arguments(options: TrainingOptions, run_folder: Path) -> TrainingArguments:
         report_to="none",
         seed=options.seed,
     )
-
-
-def _resumable(run_folder: Path, options: TrainingOptions, model: NezhaModel, catalogue: Catalogue) -> str | None:
-    """The last checkpoint of the same run, or None after clearing the folder of another one."""
-    identity = json.loads(
-        json.dumps(
-            {"options": asdict(options), "catalogue": catalogue.version, "model": model.config.to_dict()}, default=str
-        )
-    )
-    note = run_folder / "run.json"
-    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == identity:
-        return get_last_checkpoint(str(run_folder))
-    shutil.rmtree(run_folder, ignore_errors=True)
-    run_folder.mkdir(parents=True)
-    note.write_text(json.dumps(identity), encoding="utf-8")
-    return None
