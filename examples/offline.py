@@ -13,7 +13,7 @@ def main() -> None:
     checkpoint, *history = sys.argv[1:] or ["demo/checkpoint", "50", "172", "181"]
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; only the CPU build reads it
 
-    llm = LLM(checkpoint, enforce_eager=True)
+    llm = LLM(checkpoint)
     prompt = "".join(f"<item:{item_id}>" for item_id in history)
     [answer] = llm.generate(prompt, SamplingParams(n=5, extra_args={"beam_width": 50}))
     for rank, item in enumerate(answer.outputs, start=1):

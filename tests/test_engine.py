@@ -138,3 +138,12 @@ def test_offline_beam_search_equals_generate(llm: LLM, checkpoint: Path) -> None
     for found, expected in zip(beams, outputs, strict=True):
         assert_same_answer([(s.text, s.cum_logprob) for s in found.sequences], of_output(expected))
         assert found.sequences[0].tokens[-3:] == list(expected.outputs[0].token_ids)
+
+
+def test_token_ids_that_are_no_integers_are_refused_and_the_engine_lives_on(llm: LLM, checkpoint: Path) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    for tokens in ([1.5], [None]):
+        with pytest.raises(VLLMValidationError, match="no integers"):
+            ask(llm, [{"prompt_token_ids": tokens}])  # type: ignore[list-item]
+    assert len(ask(llm, [prompt_of(9, checkpoint)])[0].outputs) == N

@@ -168,7 +168,10 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
 REFUSALS: list[tuple[str, str, dict[str, Any]]] = [
     ("prompt", "not in the catalogue", {"prompt": "<item:nobody-sells-this>"}),
     ("prompt", "out of range", {"prompt": "<a_16>"}),
+    ("prompt", "out of range", {"prompt": "<a_07>"}),
+    ("prompt", "out of range", {"prompt": f"<a_{'9' * 5000}>"}),
     ("prompt", "level that does not exist", {"prompt": "<d_1>"}),
+    ("prompt", "closing bracket", {"prompt": "<item:item-1><item:item-2"}),
     ("prompt", "token ids outside", {"prompt": [10**6]}),
     ("prompt", "empty", {"prompt": ""}),
     ("prompt", "empty", {"prompt": []}),

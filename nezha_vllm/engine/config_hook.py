@@ -78,12 +78,16 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         (model.runner_type != "generate", "--runner pooling: NEZHA answers completions, leave the flag out"),
         (vllm_config.speculative_config, "--speculative-config: NEZHA has no decode steps to speculate on, remove it"),
         (vllm_config.kv_transfer_config, "--kv-transfer-config: external cache hits may cover placeholders, remove it"),
+        (vllm_config.cache_config.kv_offloading_size,  # becomes a KV connector after this hook
+         "--kv-offloading-size: external cache hits may cover placeholders, remove it"),
         (vllm_config.lora_config, "--enable-lora: the draft head belongs to one set of weights, remove it"),
         (getattr(model, "enable_prompt_embeds", False), "--enable-prompt-embeds: prompts are tokens here, remove it"),
         (os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
          "VLLM_USE_RUST_FRONTEND: the Rust front end cannot return items, unset it"),
         (vllm_config.parallel_config.pipeline_parallel_size > 1,
          "--pipeline-parallel-size: use --tensor-parallel-size or --data-parallel-size instead"),
+        (vllm_config.parallel_config.prefill_context_parallel_size > 1,
+         "--prefill-context-parallel-size: it splits the end of a prompt over ranks, use --tensor-parallel-size"),
     ]  # fmt: skip
     for found, message in refusals:
         if found:

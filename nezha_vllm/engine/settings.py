@@ -29,6 +29,8 @@ class ServerSettings:
         config: NezhaConfig = vllm_config.model_config.hf_config
         config.check()
         options = (vllm_config.additional_config or {}).get("nezha", {})
+        if not isinstance(options, dict):
+            raise ValueError(f'--additional-config: "nezha" must be an object of {list(OPTIONS)}, got {options!r}')
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise ValueError(f"--additional-config: nezha options {unknown} are unknown; there are {list(OPTIONS)}")

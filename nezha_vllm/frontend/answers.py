@@ -40,8 +40,8 @@ def recommend(plan: Plan, ids: RankedIds) -> tuple[list[RecommendedItem], Summar
     """The n best items of the ranked semantic IDs; items that share one follow each other in the catalogue's order."""
     catalogue = plan.service.catalogue
     items: list[RecommendedItem] = []
-    for index, log_probs in zip(ids.index.tolist(), ids.log_probs.tolist(), strict=True):
-        codes = catalogue.codec.codes_of_key(catalogue.keys[index : index + 1])[0].tolist()
+    codes_of_beams = catalogue.codec.codes_of_key(catalogue.keys[ids.index]).tolist()
+    for index, codes, log_probs in zip(ids.index.tolist(), codes_of_beams, ids.log_probs.tolist(), strict=True):
         token_ids = plan.service.code_token_ids(codes)
         for row in catalogue.rows_of_index(index)[: plan.n - len(items)]:
             items.append(

@@ -50,6 +50,7 @@ def probe(owner: type, name: str, arguments: tuple[str, ...]) -> None:
 
 def _wrappers() -> list[tuple[type, str, tuple[str, ...], Callable[[Callable[..., Any]], Callable[..., Any]]]]:
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+    from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
@@ -65,6 +66,7 @@ def _wrappers() -> list[tuple[type, str, tuple[str, ...], Callable[[Callable[...
         (OpenAIServingCompletion, "request_output_to_completion_response", build_response, _build_response),
         (OpenAIServingCompletion, "completion_stream_generator", stream, _stream),
         (OpenAIServingChat, "create_chat_completion", ("request", "raw_request"), _refuse_chat),
+        (OpenAIServingChatBatch, "create_batch_chat_completion", ("request", "raw_request"), _refuse_chat),
         (OpenAIServingResponses, "create_responses", ("request", "raw_request"), _refuse_chat),
         (BeamSearchOfflineMixin, "beam_search", ("prompts", "params"), _beam_search_offline),
     ]
@@ -79,7 +81,8 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     from nezha_vllm.frontend.prompts import complete_prompt
 
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        service = service_of(self.model_config)
+        # the renderer's own service: another engine of this process may serve the same folder with other settings
+        service = getattr(self.renderer, "service", None)
         if service is None or not isinstance(params, SamplingParams):
             return original(self, request_id, prompt, params, *args, **kwargs)
         plan = make_plan(service, params)

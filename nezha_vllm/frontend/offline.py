@@ -12,7 +12,7 @@ from nezha_vllm.frontend.errors import bad_request
 
 
 def beam_search(
-    llm: Any, prompts: Sequence[Any], params: Any, lora_request: Any = None, use_tqdm: bool = False, **_: Any
+    llm: Any, prompts: Sequence[Any], params: Any, lora_request: Any = None, use_tqdm: bool = False, *_: Any, **__: Any
 ) -> list[BeamSearchOutput]:
     """Sequences of L code tokens, best first; ``text`` is the item's ID and ``cum_logprob`` its score."""
     if lora_request is not None:

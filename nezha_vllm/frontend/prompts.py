@@ -30,7 +30,10 @@ def expand_items(text: str, service: Service) -> str:
 
     _check_codes(text, service)
     placeholders = "".join(placeholder_token(level) for level in range(service.num_levels))
-    return ITEM.sub(codes, text).rstrip().removesuffix(placeholders)
+    expanded = ITEM.sub(codes, text)
+    if "<item:" in expanded:
+        raise bad_request("prompt", "the prompt has an item without its closing bracket; write <item:ID>")
+    return expanded.rstrip().removesuffix(placeholders)
 
 
 def _check_codes(text: str, service: Service) -> None:
@@ -40,7 +43,8 @@ def _check_codes(text: str, service: Service) -> None:
         if level >= len(sizes):
             last = LEVEL_NAMES[len(sizes) - 1]
             raise bad_request("prompt", f"code {match[0]} names a level that does not exist; levels are a to {last}")
-        if int(match[2]) >= sizes[level]:
+        code = int(match[2]) if len(match[2]) < 10 else sizes[level]  # Python reads no integers of 5,000 digits
+        if code >= sizes[level] or match[0] != code_token(level, code):  # <a_07> would be split into letters
             raise bad_request(
                 "prompt", f"code {match[0]} is out of range: level {match[1]} has 0 to {sizes[level] - 1}"
             )
@@ -61,6 +65,8 @@ def complete_prompt(token_ids: Sequence[int], service: Service) -> list[int]:
     history = strip_placeholders(token_ids, service)
     if not history:
         raise bad_request("prompt", EMPTY_PROMPT)
+    if not all(isinstance(token_id, int) for token_id in history):  # the engine process would die of it
+        raise bad_request("prompt", "the prompt has token ids that are no integers; send a list of integers")
     if len(history) > service.max_prompt_tokens:
         raise too_long(len(history), service)
     if not set(service.placeholder_token_ids).isdisjoint(history):

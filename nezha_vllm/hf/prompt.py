@@ -19,13 +19,21 @@ def code_token_ids(config: NezhaConfig, codes: Any) -> np.ndarray:
 
 
 def prefix_token_ids(tokenizer: PreTrainedTokenizerBase, config: NezhaConfig) -> list[int]:
-    """What the tokenizer puts in front of every prompt, such as a beginning-of-sequence token; often nothing."""
+    """What the tokenizer puts in front of every prompt, such as a beginning-of-sequence token; often nothing.
+
+    Raises ``ValueError`` for a tokenizer without the code tokens, or one that puts something behind the prompt.
+    """
     first_code = config.code_token_offsets[0]
     ids = tokenizer(tokenizer.convert_ids_to_tokens(first_code))["input_ids"]
     if first_code not in ids:
         raise ValueError(
             f"the tokenizer does not know the code token with id {first_code} that config.json names; "
             "make the checkpoint anew with `nezha init` or `nezha train`"
+        )
+    if ids[-1] != first_code:
+        raise ValueError(
+            "the tokenizer puts tokens behind every prompt, where only placeholders may stand; "
+            "set add_eos_token to false in its tokenizer_config.json"
         )
     return ids[: ids.index(first_code)]
 

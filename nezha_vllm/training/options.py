@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class TrainingOptions:
     """``*_rate`` are relative to ``learning_rate``; a batch counts rows of up to ``max_history`` targets each."""
 
-    epochs: int = 16
-    batch_size: int = 64
+    epochs: int = 14
+    batch_size: int = 32
     learning_rate: float = 6e-3
     code_embedding_rate: float = 1.0
     cell_rate: float = 1.0
@@ -18,7 +18,7 @@ class TrainingOptions:
     warmup: float = 0.03
     max_history: int = 20
     dropout: float = 0.1
-    item_dropout: float = 0.15
+    item_dropout: float = 0.2
     label_smoothing: float = 0.0
     patience: int = 0
     select: str = "loss"

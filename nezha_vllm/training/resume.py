@@ -1,4 +1,4 @@
-"""Whether an interrupted run can go on: same options, data, catalogue and model, and a checkpoint that is whole.
+"""Whether an interrupted run can go on: same options, data, catalogue and model, and a checkpoint that is whole."""
 
 from __future__ import annotations
 
