@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from answers import assert_same_answer, of_output
 from conftest import BLOCK_SIZE, LEVELS, start
 
@@ -143,6 +144,8 @@ def test_offline_beam_search_equals_generate(llm: LLM, checkpoint: Path) -> None
 def test_token_ids_that_are_no_integers_are_refused_and_the_engine_lives_on(llm: LLM, checkpoint: Path) -> None:
     from vllm.exceptions import VLLMValidationError
 
+    with pytest.raises(VLLMValidationError, match="text or token ids"):
+        llm.generate({"prompt_embeds": torch.zeros(4, 128)}, use_tqdm=False)
     for tokens in ([1.5], [None]):
         with pytest.raises(VLLMValidationError, match="no integers"):
             ask(llm, [{"prompt_token_ids": tokens}])  # type: ignore[list-item]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +106,19 @@ def test_streaming_sends_one_chunk_a_choice(client: openai.OpenAI, model: str) -
     assert usage.completion_tokens == expected.usage.completion_tokens
 
 
+def test_a_stream_tells_why_there_are_fewer_items(client: openai.OpenAI, model: str) -> None:
+    prompts = ["<item:item-1>", HISTORY, "<item:item-9>"]
+    short = {"n": 1, "beam_width": 1, "validity": "final"}
+    plain = ask(client, model, prompts, **short)
+    assert len(plain.choices) < 3, "one free beam is rarely an item"
+    *choices, last = ask(client, model, prompts, **short, stream=True)
+    assert [chunk.choices[0].index for chunk in choices] == [choice.index for choice in plain.choices]
+    assert last.choices == []
+    assert last.nezha == plain.nezha
+    few = list(ask(client, model, n=20, beam_width=20, validity="final", stream=True))
+    assert {chunk.nezha[0]["reason"] for chunk in few} == {few[0].nezha[0]["reason"]}
+
+
 def test_logprobs_are_one_a_level_and_sum_to_the_score(client: openai.OpenAI, model: str) -> None:
     for choice in ask(client, model, logprobs=1).choices:
         assert choice.logprobs.tokens == [f"<{'abc'[i]}_{code}>" for i, code in enumerate(choice.semantic_id)]
@@ -172,6 +186,7 @@ REFUSALS: list[tuple[str, str, dict[str, Any]]] = [
     ("prompt", "out of range", {"prompt": f"<a_{'9' * 5000}>"}),
     ("prompt", "level that does not exist", {"prompt": "<d_1>"}),
     ("prompt", "closing bracket", {"prompt": "<item:item-1><item:item-2"}),
+    ("prompt", "placeholder before its end", {"prompt": "<item:item-1><sp_1><sp_2><sp_3><sp_1><sp_2><sp_3>"}),
     ("prompt", "token ids outside", {"prompt": [10**6]}),
     ("prompt", "empty", {"prompt": ""}),
     ("prompt", "empty", {"prompt": []}),
@@ -181,6 +196,8 @@ REFUSALS: list[tuple[str, str, dict[str, Any]]] = [
     ("n", "raise beam_width", {"n": 51}),
     ("n", "raise beam_width", {"n": 11, "extra_body": {"vllm_xargs": {"beam_width": 10}}}),
     ("n", "at least 1", {"n": 0}),
+    ("n", "raise beam_width", {"n": 10**6}),
+    ("beam_width", "send at most 512", {"extra_body": {"vllm_xargs": {"beam_width": 10**15}}}),
     ("beam_width", "send at most 512", {"extra_body": {"vllm_xargs": {"beam_width": 513}}}),
     ("beam_width", "whole number", {"extra_body": {"vllm_xargs": {"beam_width": 0}}}),
     ("beam_width", "whole number", {"extra_body": {"vllm_xargs": {"beam_width": "10"}}}),
@@ -216,6 +233,14 @@ def test_bad_input_is_a_400_with_parameter_and_remedy_and_the_engine_lives_on(
     assert error["param"] == parameter
     assert remedy in error["message"]
     assert len(ask(client, model).choices) == 5
+
+
+def test_half_a_surrogate_pair_is_refused(server: str, model: str) -> None:
+    body = json.dumps({"model": model, "prompt": HISTORY + "\ud800"}).encode()  # JSON's escape; the client sends none
+    request = urllib.request.Request(f"{server}/v1/completions", body, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError, match="400") as caught:
+        urllib.request.urlopen(request)
+    assert "valid Unicode" in json.loads(caught.value.read())["error"]["message"]
 
 
 def test_values_of_the_wrong_type_are_refused(client: openai.OpenAI, model: str) -> None:

@@ -110,6 +110,7 @@ def test_draft_head_of_another_shape(broken: Path, capfd: pytest.CaptureFixture[
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "kv-transfer"),
         ({"kv_offloading_size": 1.0}, "kv-offloading-size"),
         ({"enable_lora": True}, "enable-lora"),
+        ({"override_generation_config": {"repetition_penalty": 1.2}}, "override-generation-config"),
         ({"runner": "pooling"}, "runner pooling"),
         ({"max_num_batched_tokens": 3, "max_num_seqs": 2}, "max-num-batched-tokens"),
         ({"tokenizer_mode": "mistral"}, "tokenizer-mode"),
@@ -143,6 +144,55 @@ def test_a_vllm_whose_patched_signatures_changed(checkpoint: Path, monkeypatch: 
     monkeypatch.setattr(RequestState, "from_new_request", classmethod(lambda cls, request: None))
     with pytest.raises(RuntimeError, match=r"RequestState\.from_new_request takes \['request'\]"):
         configure(checkpoint)
+
+
+def test_a_catalogue_replaced_while_the_server_starts(broken: Path) -> None:
+    """API and engine process read the folder seconds apart."""
+    from nezha_vllm.engine.settings import ServerSettings
+
+    config = configure(broken)
+    Catalogue.build(["a"], [[0, 0, 0]], [16, 24, 32]).save(broken / "catalogue")
+    with pytest.raises(ValueError, match="replaced meanwhile"):
+        ServerSettings.from_vllm(config).check_version(Catalogue.load(broken / "catalogue").version)
+
+
+def test_a_version_of_the_catalogue_can_be_asked_for(checkpoint: Path) -> None:
+    version = Catalogue.load(checkpoint / "catalogue").version
+    configure(checkpoint, additional_config={"nezha": {"catalogue_version": version}})
+    with pytest.raises(ValueError, match=f"is version {version}, but the server is to start with other"):
+        configure(checkpoint, additional_config={"nezha": {"catalogue_version": "other"}})
+
+
+def with_template(checkpoint: Path, single: list[str], added: dict[str, int]) -> None:
+    """Let the tokenizer surround every prompt, as those of pretrained models do."""
+    path = checkpoint / "tokenizer.json"
+    tokens = [{"SpecialToken": {"id": name, "type_id": 0}} if name in added else {"Sequence": {"id": "A", "type_id": 0}}
+              for name in single]  # fmt: skip
+    special = {name: {"id": name, "ids": [token], "tokens": [name]} for name, token in added.items()}
+    template = {"type": "TemplateProcessing", "single": tokens, "pair": tokens, "special_tokens": special}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": template}))
+
+
+def test_a_prompt_of_nothing_but_the_tokenizers_own_prefix_is_empty(broken: Path) -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.renderers.registry import renderer_from_config
+
+    with_template(broken, ["<pad>", "A"], {"<pad>": 256})
+    config = configure(broken)
+    renderer = renderer_from_config(config)
+    params = renderer.default_cmpl_tok_params
+    for empty in ("", "   ", "<sp_1><sp_2><sp_3>"):
+        with pytest.raises(VLLMValidationError, match="prompt is empty"):
+            renderer.tokenize_prompt({"prompt": empty}, params)
+    tokens = renderer.tokenize_prompt({"prompt": "<item:item-1>"}, params)["prompt_token_ids"]
+    assert tokens[0] == 256
+    assert len(tokens) == 1 + 3 + 3
+
+
+def test_a_tokenizer_that_puts_something_behind_the_prompt(broken: Path) -> None:
+    with_template(broken, ["A", "<pad>"], {"<pad>": 256})
+    with pytest.raises(ValueError, match="add_eos_token"):
+        configure(broken)
 
 
 def test_settings_of_the_server_override_the_checkpoint(checkpoint: Path) -> None:

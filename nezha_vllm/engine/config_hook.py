@@ -56,7 +56,11 @@ class NezhaConfigHook:
             raise ValueError(f"--scheduler-cls {scheduler.scheduler_cls} does not work with NEZHA: leave it out")
         scheduler.scheduler_cls = SCHEDULER
         keep_prompt_tail_whole(vllm_config)
-        install(Service.load(vllm_config))
+        service = Service.load(vllm_config)
+        additional = dict(vllm_config.additional_config or {})
+        pinned = {**additional.get("nezha", {}), "catalogue_version": service.catalogue.version}
+        vllm_config.additional_config = {**additional, "nezha": pinned}
+        install(service)
 
 
 def check_vllm_version() -> None:
@@ -81,6 +85,8 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         (vllm_config.cache_config.kv_offloading_size,  # becomes a KV connector after this hook
          "--kv-offloading-size: external cache hits may cover placeholders, remove it"),
         (vllm_config.lora_config, "--enable-lora: the draft head belongs to one set of weights, remove it"),
+        (model.override_generation_config,
+         "--override-generation-config: items are ranked and not sampled, remove it"),
         (getattr(model, "enable_prompt_embeds", False), "--enable-prompt-embeds: prompts are tokens here, remove it"),
         (os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
          "VLLM_USE_RUST_FRONTEND: the Rust front end cannot return items, unset it"),

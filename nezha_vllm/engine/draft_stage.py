@@ -39,7 +39,8 @@ class DraftStage:
 
     def __init__(self, head: DraftHead, vllm_config: VllmConfig) -> None:
         settings = ServerSettings.from_vllm(vllm_config)
-        codec, self.catalogue_version, keys = load_keys(settings.catalogue)
+        codec, version, keys = load_keys(settings.catalogue)
+        settings.check_version(version)
         assert codec.codebook_sizes == head.codebook_sizes, "the config hook compares them at start-up"
         self.num_states = head.num_levels + 1
         self.beam_search = BeamSearch(head, torch.from_numpy(keys).to(head.logit_heads[0].weight.device))

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nezha_vllm.config import VALIDITY_MODES, NezhaConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-OPTIONS = ("catalogue", "beam_width", "max_beam_width", "validity")
+OPTIONS = ("catalogue", "catalogue_version", "beam_width", "max_beam_width", "validity")
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Defaults from the checkpoint's ``config.json``, overridden by ``--additional-config '{"nezha": {…}}'``."""
+    """Defaults from the checkpoint's ``config.json``, overridden by ``--additional-config '{"nezha": {…}}'``.
+
+    ``catalogue_version`` is the only version the server may start with, None for any. The config hook sets it to the
+    one it read, so that engine and API processes, which read the folder one after the other, cannot differ.
+    """
 
     catalogue: Path
+    catalogue_version: str | None
     beam_width: int
     max_beam_width: int
     validity: str
@@ -34,7 +39,7 @@ class ServerSettings:
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise ValueError(f"--additional-config: nezha options {unknown} are unknown; there are {list(OPTIONS)}")
-        values = {name: options.get(name, getattr(config, name)) for name in OPTIONS}
+        values: dict[str, Any] = {name: options.get(name, getattr(config, name, None)) for name in OPTIONS}
         widths = (values["beam_width"], values["max_beam_width"])
         if not all(type(width) is int for width in widths) or not 1 <= widths[0] <= widths[1]:
             raise ValueError(f"need integers 1 ≤ beam_width ≤ max_beam_width, got {widths[0]!r} and {widths[1]!r}")
@@ -43,6 +48,14 @@ class ServerSettings:
         model = vllm_config.model_config.model
         values["catalogue"] = _resolve(str(values["catalogue"]), model, vllm_config.model_config.revision)
         return cls(**values)
+
+    def check_version(self, found: str) -> None:
+        """Raise ``ValueError`` if the catalogue's folder holds another version than the one to start with."""
+        if self.catalogue_version not in (None, found):
+            raise ValueError(
+                f"catalogue {self.catalogue} is version {found}, but the server is to start with "
+                f"{self.catalogue_version}: publish that one there, or start again if it was replaced meanwhile"
+            )
 
 
 def _resolve(catalogue: str, model: str, revision: str | None) -> Path:

@@ -9,8 +9,9 @@ from typing import Any
 
 from nezha_vllm.frontend.answers import RecommendedItem
 from nezha_vllm.frontend.errors import bad_request
-from nezha_vllm.frontend.options import OPTIONS, check_options
+from nezha_vllm.frontend.options import check_search
 from nezha_vllm.frontend.prompts import EMPTY_PROMPT
+from nezha_vllm.frontend.service import Service
 
 CHAT_REFUSAL = (
     "chat and responses are not offered by a generative recommender: send the user's history to /v1/completions, "
@@ -18,7 +19,7 @@ CHAT_REFUSAL = (
 )
 
 
-def prepare(request: Any) -> Any:
+def prepare(request: Any, service: Service) -> Any:
     """A ``CompletionRequest`` in terms of a beam search over items. Raises a 400 for what has no meaning there.
 
     ``use_beam_search`` asks vLLM for n beams and returns them all: so does this. Temperature has no effect on a
@@ -29,19 +30,15 @@ def prepare(request: Any) -> Any:
             raise bad_request(name, f"{name} does not work with catalogue items; leave it out")
     if request.prompt in (None, "", []):
         raise bad_request("prompt", EMPTY_PROMPT)
-    if request.n < 1:
-        raise bad_request("n", f"n must be at least 1, got {request.n}")
     if request.response_format is not None and request.response_format.type != "text":
         raise bad_request("response_format", "response_format does not work with catalogue items; leave it out")
     options = dict(request.vllm_xargs or {})
-    check_options(options)
-    if request.use_beam_search and "beam_width" not in options:
-        options["beam_width"] = request.n
+    if request.use_beam_search:
+        options.setdefault("beam_width", request.n)
+    check_search(service, request.n, options)
     changes = {"use_beam_search": False, "temperature": None, "max_tokens": 1, "min_tokens": 0, "stream_interval": None}
     known = {name: value for name, value in changes.items() if name in type(request).model_fields}
-    return request.model_copy(
-        update={**known, "vllm_xargs": {name: options[name] for name in OPTIONS if name in options}}
-    )
+    return request.model_copy(update={**known, "vllm_xargs": options or None})
 
 
 def extra_fields(item: RecommendedItem) -> dict[str, Any]:
@@ -58,21 +55,37 @@ def annotate_response(response: Any, results: Sequence[Any], n: int) -> Any:
     items = [(prompt, item) for prompt, result in enumerate(results) for item in result.outputs]
     for choice, (prompt, item) in zip(response.choices, items, strict=True):
         choice.index = prompt * n + item.index
-        for name, value in extra_fields(item).items():
-            setattr(choice, name, value)
-    response.nezha = [asdict(result.nezha) for result in results]
+        if isinstance(item, RecommendedItem):  # not so if the request was aborted
+            for name, value in extra_fields(item).items():
+                setattr(choice, name, value)
+    response.nezha = summaries(results)
     return response
 
 
-async def annotate_stream(lines: AsyncIterator[str], items: dict[int, RecommendedItem]) -> AsyncIterator[str]:
-    """Add the same fields to server-sent events; ``items`` is filled while the stream runs, keyed by choice index."""
+def summaries(results: Sequence[Any]) -> list[dict[str, Any] | None]:
+    """What became of each prompt, as JSON; None for one that was aborted."""
+    found = [getattr(result, "nezha", None) for result in results]
+    return [asdict(summary) if summary is not None else None for summary in found]
+
+
+async def annotate_stream(lines: AsyncIterator[str], results: dict[int, Any], n: int) -> AsyncIterator[str]:
+    """Add the same fields to server-sent events; ``results`` is filled while the stream runs, keyed by prompt.
+
+    A choice brings the summary of its prompt along. If prompts got no item, one event without choices tells all.
+    """
     async for line in lines:
         body = line.removeprefix("data: ").strip()
+        if body == "[DONE]" and any(not result.outputs for result in results.values()):
+            told = summaries([results[prompt] for prompt in sorted(results)])
+            yield f"data: {json.dumps({'object': 'text_completion', 'choices': [], 'nezha': told})}\n\n"
         if not body.startswith("{"):
             yield line
             continue
         chunk = json.loads(body)
         for choice in chunk.get("choices", []):
-            if (item := items.get(choice["index"])) is not None:
+            prompt, rank = divmod(choice["index"], n)
+            item = results[prompt].outputs[rank]
+            if isinstance(item, RecommendedItem):
                 choice.update(extra_fields(item))
+            chunk["nezha"] = summaries([results[prompt]])
         yield f"data: {json.dumps(chunk)}\n\n"

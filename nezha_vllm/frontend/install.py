@@ -127,7 +127,7 @@ def _create_completion(original: Callable[..., Any]) -> Callable[..., Any]:
         if service is None:
             return await original(self, request, raw_request)
         try:
-            request = prepare(request)
+            request = prepare(request, service)
             make_plan(service, request.to_sampling_params(1, {}))
         except (ValueError, VLLMValidationError) as error:
             return self.create_error_response(error)
@@ -160,14 +160,15 @@ def _stream(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if service_of(self.model_config) is None:
             return original(self, request, engine_inputs, result_generator, *args, **kwargs)
-        items: dict[int, Any] = {}
+        results: dict[int, Any] = {}
 
         async def recorded() -> Any:
             async for prompt, result in result_generator:
-                items.update({prompt * request.n + item.index: item for item in result.outputs})
+                results[prompt] = result
                 yield prompt, result
 
-        return annotate_stream(original(self, request, engine_inputs, recorded(), *args, **kwargs), items)
+        lines = original(self, request, engine_inputs, recorded(), *args, **kwargs)
+        return annotate_stream(lines, results, request.n)
 
     return completion_stream_generator
 

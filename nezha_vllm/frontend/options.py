@@ -36,28 +36,27 @@ def make_plan(service: Service, params: SamplingParams) -> Plan:
     """Check ``SamplingParams`` against the service. Raises a 400 that names the parameter."""
     refuse_sampling_options(params)
     options = params.extra_args or {}
-    n = params.n
-    check_options(options)
+    check_search(service, params.n, options)
     beam_width = options.get("beam_width", service.settings.beam_width)
-    limit = service.settings.max_beam_width
-    if beam_width > limit:
-        raise bad_request(
-            "beam_width", f"beam_width {beam_width} is over this server's maximum of {limit}; send at most {limit}"
-        )
-    if n > beam_width:
-        raise bad_request("n", f"{n} items were asked for but beam_width is {beam_width}; lower n or raise beam_width")
     validity = options.get("validity", service.settings.validity)
-    return Plan(service, n, beam_width, validity, params.logprobs is not None)
+    return Plan(service, params.n, beam_width, validity, params.logprobs is not None)
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Check names and types of ``vllm_xargs`` (``extra_args`` offline)."""
+def check_search(service: Service, n: int, options: Mapping[str, Any]) -> None:
+    """Check the number of items and the options in ``vllm_xargs`` (``extra_args`` offline). Raises a 400."""
     for name in options:
         if name not in OPTIONS:
             raise bad_request(name, f"{name!r} is not an option; vllm_xargs takes {', '.join(OPTIONS)}")
-    beam_width = options.get("beam_width", 1)
+    beam_width = options.get("beam_width", service.settings.beam_width)
     if type(beam_width) is not int or beam_width < 1:
         raise bad_request("beam_width", f"beam_width must be a whole number of at least 1, got {beam_width!r}")
+    limit = service.settings.max_beam_width
+    if beam_width > limit:
+        raise bad_request("beam_width", f"{beam_width} is over this server's maximum beam_width; send at most {limit}")
+    if n < 1:
+        raise bad_request("n", f"n must be at least 1, got {n}")
+    if n > beam_width:
+        raise bad_request("n", f"{n} items were asked for but beam_width is {beam_width}; lower n or raise beam_width")
     validity = options.get("validity", "final")
     if validity not in VALIDITY_MODES:
         raise bad_request("validity", f"validity must be one of {', '.join(VALIDITY_MODES)}, got {validity!r}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from vllm.exceptions import VLLMValidationError
+
 from nezha_vllm.catalogue import UnknownItemError
 from nezha_vllm.frontend.errors import bad_request
 from nezha_vllm.frontend.service import Service
@@ -28,6 +30,10 @@ def expand_items(text: str, service: Service) -> str:
             raise bad_request("prompt", f"{error}; leave it out or publish a catalogue that holds it") from None
         return "".join(code_token(level, code) for level, code in enumerate(found))
 
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise bad_request("prompt", "the prompt has half of a surrogate pair; send valid Unicode") from None
     _check_codes(text, service)
     placeholders = "".join(placeholder_token(level) for level in range(service.num_levels))
     expanded = ITEM.sub(codes, text)
@@ -58,11 +64,15 @@ def strip_placeholders(token_ids: Sequence[int], service: Service) -> list[int]:
 
 
 def complete_prompt(token_ids: Sequence[int], service: Service) -> list[int]:
-    """History tokens and the L placeholders, nothing else. A prompt that already ends with them is left alone.
+    """History tokens and the L placeholders, nothing else. A prompt that already ends with them is left alone."""
+    return append_placeholders(strip_placeholders(token_ids, service), service)
+
+
+def append_placeholders(history: list[int], service: Service) -> list[int]:
+    """The prompt of a history that comes without placeholders.
 
     Raises a 400 for a prompt that is empty, too long, or has placeholders anywhere but at its end.
     """
-    history = strip_placeholders(token_ids, service)
     if not history:
         raise bad_request("prompt", EMPTY_PROMPT)
     if not all(isinstance(token_id, int) for token_id in history):  # the engine process would die of it
@@ -78,7 +88,7 @@ def complete_prompt(token_ids: Sequence[int], service: Service) -> list[int]:
     return [*history, *service.placeholder_token_ids]
 
 
-def too_long(length: int | None, service: Service) -> ValueError:
+def too_long(length: int | None, service: Service) -> VLLMValidationError:
     """The error for a prompt that does not fit beside its placeholders."""
     has = "is too long" if length is None else f"has {length} tokens"
     return bad_request(

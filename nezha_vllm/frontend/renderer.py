@@ -8,7 +8,14 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
-from nezha_vllm.frontend.prompts import complete_prompt, expand_items, strip_placeholders, too_long
+from nezha_vllm.frontend.errors import bad_request
+from nezha_vllm.frontend.prompts import (
+    EMPTY_PROMPT,
+    append_placeholders,
+    expand_items,
+    strip_placeholders,
+    too_long,
+)
 from nezha_vllm.frontend.service import Service, service_of
 from nezha_vllm.semantic_id import code_token, placeholder_token
 
@@ -20,6 +27,7 @@ class NezhaRenderer(HfRenderer):
         assert service is not None, "the config hook loads the service before any renderer is made"
         self.service = service
         check_tokenizer(tokenizer, service, config.model_config.tokenizer)
+        self.prefix = list(tokenizer("")["input_ids"])
 
     def tokenize_prompt(self, prompt: Any, params: Any) -> Any:
         try:
@@ -38,7 +46,9 @@ class NezhaRenderer(HfRenderer):
     def _history(self, prompt: Any) -> Any:
         if "prompt_token_ids" in prompt:
             return {**prompt, "prompt_token_ids": strip_placeholders(prompt["prompt_token_ids"], self.service)}
-        return {**prompt, "prompt": expand_items(prompt["prompt"], self.service)} if "prompt" in prompt else prompt
+        if "prompt" in prompt:
+            return {**prompt, "prompt": expand_items(prompt["prompt"], self.service)}
+        raise bad_request("prompt", "prompts are text or token ids; embeddings and other inputs do not work")
 
     def _limits(self, params: Any) -> Any:
         return replace(params, max_total_tokens=self.service.max_prompt_tokens, max_output_tokens=0)
@@ -48,7 +58,10 @@ class NezhaRenderer(HfRenderer):
         return too_long(length[error.parameter], self.service) if error.parameter in length else error
 
     def _complete(self, tokens: Any) -> Any:
-        return {**tokens, "prompt_token_ids": complete_prompt(tokens["prompt_token_ids"], self.service)}
+        history = list(tokens["prompt_token_ids"])
+        if history == self.prefix:  # nothing but what the tokenizer puts before every text
+            raise bad_request("prompt", EMPTY_PROMPT)
+        return {**tokens, "prompt_token_ids": append_placeholders(history, self.service)}
 
 
 def check_tokenizer(tokenizer: Any, service: Service, folder: str) -> None:
@@ -64,3 +77,9 @@ def check_tokenizer(tokenizer: Any, service: Service, folder: str) -> None:
                 f"tokenizer of {folder}: token {token} has id {vocabulary.get(token)}, config.json says {token_id}; "
                 "keep tokenizer and config.json of one checkpoint together, or make it anew with `nezha init`"
             )
+    behind = tokenizer(code_token(0, 0))["input_ids"][-1]
+    if behind != service.code_token_offsets[0]:
+        raise ValueError(
+            f"tokenizer of {folder} puts token {behind} behind every prompt, where only placeholders may stand; "
+            "set add_eos_token to false in its tokenizer_config.json"
+        )

@@ -29,6 +29,7 @@ class Service:
         """
         settings = ServerSettings.from_vllm(vllm_config)
         catalogue = Catalogue.load(settings.catalogue)
+        settings.check_version(catalogue.version)
         config = vllm_config.model_config.hf_config
         if list(catalogue.codec.codebook_sizes) != list(config.codebook_sizes):
             raise ValueError(
