@@ -150,3 +150,25 @@ def test_token_ids_that_are_no_integers_are_refused_and_the_engine_lives_on(llm:
         with pytest.raises(VLLMValidationError, match="no integers"):
             ask(llm, [{"prompt_token_ids": tokens}])  # type: ignore[list-item]
     assert len(ask(llm, [prompt_of(9, checkpoint)])[0].outputs) == N
+
+
+def test_preempted_requests_get_the_same_answer(llm: LLM, checkpoint: Path) -> None:
+    """Eight prompts of four or five blocks each, advancing together in small chunks, on 14 blocks of cache."""
+    prompts = [prompt_of(100 + i, checkpoint) for i in range(24)]
+    expected = ask(llm, prompts)
+    scarce = start(
+        checkpoint,
+        max_model_len=256,
+        max_num_batched_tokens=64,
+        long_prefill_token_threshold=8,
+        max_num_seqs=8,
+        num_gpu_blocks_override=14,
+        scheduler_reserve_full_isl=False,
+        disable_log_stats=False,
+    )
+    outputs = ask(scarce, prompts)
+    preemptions = sum(metric.value for metric in scarce.get_metrics() if metric.name == "vllm:num_preemptions")
+    scarce.llm_engine.engine_core.shutdown()
+    assert preemptions > 0
+    for output, other in zip(outputs, expected, strict=True):
+        assert_same_answer(of_output(output), of_output(other))
