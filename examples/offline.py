@@ -3,7 +3,6 @@
 python examples/offline.py demo/checkpoint 50 172 181
 """
 
-import os
 import sys
 
 from vllm import LLM, SamplingParams
@@ -11,8 +10,6 @@ from vllm import LLM, SamplingParams
 
 def main() -> None:
     checkpoint, *history = sys.argv[1:] or ["demo/checkpoint", "50", "172", "181"]
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; only the CPU build reads it
-
     llm = LLM(checkpoint)
     prompt = "".join(f"<item:{item_id}>" for item_id in history)
     [answer] = llm.generate(prompt, SamplingParams(n=5, extra_args={"beam_width": 50}))

