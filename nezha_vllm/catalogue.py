@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -33,7 +31,7 @@ import pyarrow.compute as pc
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from nezha_vllm.folders import publish
+from nezha_vllm.folders import check_replaceable, replacing
 from nezha_vllm.manifest import MANIFEST, REBUILD, CatalogueError, check_file, read_steadily, write_manifest
 from nezha_vllm.semantic_id import SemanticIdCodec
 
@@ -164,11 +162,13 @@ class Catalogue:
         Raises ``CatalogueError`` rather than replace anything else.
         """
         folder = Path(folder).resolve()  # through a symbolic link, what it points to is replaced
-        if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
-            raise CatalogueError(f"{folder} exists and is no catalogue; name another folder, or remove it first")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
+            check_replaceable(folder, MANIFEST)
+        except ValueError:
+            raise CatalogueError(
+                f"{folder} exists and is no catalogue; name another folder, or remove it first"
+            ) from None
+        with replacing(folder, MANIFEST) as scratch:
             with pa.OSFile(str(scratch / ITEMS), "wb") as sink, pa.ipc.new_file(sink, self.items.schema) as writer:
                 writer.write_table(self.items.combine_chunks())
             save_file({name: getattr(self, name) for name in ARRAYS}, scratch / KEYS)
@@ -180,10 +180,6 @@ class Catalogue:
                 num_items=self.num_items,
                 num_ids=self.num_ids,
             )
-            scratch.chmod(0o755)
-            publish(scratch, folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Catalogue:

@@ -49,10 +49,7 @@ def show(
 ) -> None:
     """Print the first answers, one with the held-out film in it if none of those has it, and the sum of all."""
     titles = read_titles(catalogue)
-    hits = [
-        viewer.held_out in [item.item_id for item in answer.items]
-        for viewer, answer in zip(viewers, answers, strict=True)
-    ]
+    hits = [_rank(viewer, answer) is not None for viewer, answer in zip(viewers, answers, strict=True)]
     shown = list(range(min(SHOWN, len(viewers))))
     extra = hits.index(True) if any(hits) and not any(hits[at] for at in shown) else None
     for at in shown:
@@ -72,11 +69,13 @@ def _show_one(console: Console, titles: Mapping[str, str], viewer: Viewer, answe
     watched = " · ".join(titles.get(item) or item for item in viewer.history[-WATCHED_SHOWN:])
     console.print(f"\nUser {viewer.user} watched last: {watched}", highlight=False)
     console.print(ranking(answer.items, titles, held_out=viewer.held_out))
-    rank = [item.item_id for item in answer.items].index(viewer.held_out) + 1 if _found(viewer, answer) else None
+    rank = _rank(viewer, answer)
     verdict = f"rank {rank}" if rank else "not among them"
     title = titles.get(viewer.held_out) or viewer.held_out
     console.print(f"held out: {title}: {verdict}; {answer.milliseconds:.1f} ms", highlight=False)
 
 
-def _found(viewer: Viewer, answer: client.Answer) -> bool:
-    return any(item.item_id == viewer.held_out for item in answer.items)
+def _rank(viewer: Viewer, answer: client.Answer) -> int | None:
+    """Place of the held-out item, from 1."""
+    items = [item.item_id for item in answer.items]
+    return items.index(viewer.held_out) + 1 if viewer.held_out in items else None

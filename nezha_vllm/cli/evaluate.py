@@ -39,15 +39,15 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from nezha_vllm.catalogue import Catalogue
-    from nezha_vllm.data.folders import write_atomically
+    from nezha_vllm.cli.checks import check_checkpoint
+    from nezha_vllm.folders import write_atomically
     from nezha_vllm.hf.modeling import register_models
     from nezha_vllm.hf.prompt import prefix_token_ids
     from nezha_vllm.training.comparison import compare, table, to_json
     from nezha_vllm.training.start import trained_history
 
     folder = Path(arguments.checkpoint)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"no checkpoint at {folder}: it has no config.json; make one with `nezha train`")
+    check_checkpoint(folder)
     logging.disable_progress_bar()
     register_models()
     model: Any = AutoModelForCausalLM.from_pretrained(folder)

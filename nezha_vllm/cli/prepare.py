@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from nezha_vllm.data import dataset, folders, movielens
+    from nezha_vllm import folders
+    from nezha_vllm.data import dataset, movielens
     from nezha_vllm.data.recbole import RecBoleReader
 
     if arguments.source is None and arguments.recbole is None:

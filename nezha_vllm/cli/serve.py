@@ -1,4 +1,4 @@
-"""Serve a checkpoint over the OpenAI API. This is `vllm serve` with defaults for NEZHA; Ctrl-C stops it.
+"""Serve a checkpoint over the OpenAI API. This is `vllm serve`, with checks first and word when it is ready.
 
   nezha serve demo/checkpoint
   nezha serve demo/checkpoint --port 8080 --dtype float32 --max-num-seqs 64

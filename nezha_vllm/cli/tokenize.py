@@ -55,8 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from nezha_vllm import catalogue
-    from nezha_vllm.data import folders
+    from nezha_vllm import catalogue, folders
     from nezha_vllm.data.dataset import Dataset
     from nezha_vllm.tokenize import build, report
     from nezha_vllm.tokenize.features import FeatureOptions

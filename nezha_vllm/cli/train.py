@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from nezha_vllm.data.dataset import Dataset
-    from nezha_vllm.data.folders import check_replaceable
+    from nezha_vllm.folders import check_replaceable
     from nezha_vllm.training.options import PRETRAINED, TrainingOptions
 
     out = Path(arguments.out).absolute()

@@ -17,9 +17,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nezha_vllm.data.folders import replacing
 from nezha_vllm.data.records import ItemRecord, Reader
 from nezha_vllm.data.sequences import Counts, InteractionLog, core, ordered
+from nezha_vllm.folders import replacing
 
 FORMAT = 1
 MANIFEST, SEQUENCES, ITEMS = "manifest.json", "sequences.parquet", "items.parquet"

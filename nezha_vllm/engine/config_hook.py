@@ -60,7 +60,7 @@ class NezhaConfigHook:
         additional = dict(vllm_config.additional_config or {})
         pinned = {**additional.get("nezha", {}), "catalogue_version": service.catalogue.version}
         vllm_config.additional_config = {**additional, "nezha": pinned}
-        install(service)
+        install()
 
 
 def check_vllm_version() -> None:

@@ -1,6 +1,6 @@
 """Every change to vLLM's own classes, in one place, each with a check that fails loudly when vLLM has changed.
 
-vLLM has no first-class way to turn one engine request into n choices, so four classes of the API process are wrapped.
+vLLM has no first-class way to turn one engine request into n choices, so a few classes of the API process are wrapped.
 Each wrapper passes requests of other models through untouched. Nothing is changed until a NEZHA model is served.
 """
 
@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from nezha_vllm.frontend.service import Service, service_of
+from nezha_vllm.frontend.service import service_of
 
 _INSTALLED: set[tuple[type, str]] = set()
 
@@ -20,7 +20,7 @@ class VllmChangedError(RuntimeError):
     """A function of vLLM that we wrap is gone or takes other arguments."""
 
 
-def install(service: Service) -> None:
+def install() -> None:
     """Wrap vLLM's API classes once in this process. Raises ``VllmChangedError`` before anything is changed."""
     wrappers = _wrappers()
     for owner, name, arguments, _ in wrappers:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from nezha_vllm.config import ARCHITECTURES, CONFIG_CLASSES, NezhaConfig
-from nezha_vllm.data.folders import replacing
+from nezha_vllm.folders import replacing
 from nezha_vllm.hf.modeling import MODEL_CLASSES
 from nezha_vllm.hf.streamed import write_safetensors
 from nezha_vllm.hf.tokenizer import add_semantic_ids, byte_tokenizer

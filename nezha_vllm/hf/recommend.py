@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nezha_vllm.beam import BeamSearch
 from nezha_vllm.config import VALIDITY_MODES
-from nezha_vllm.draft_head import Beams, reference_beam_search
+from nezha_vllm.draft_head import Beams
 from nezha_vllm.hf.prompt import prompt_token_ids
 
 if TYPE_CHECKING:
@@ -73,10 +74,8 @@ def recommend(
     prompts = [prompt_token_ids(config, [catalogue.codes_of(item) for item in items], prefix) for items in histories]
     input_ids, attention_mask = pad_left(prompts, model.device)
     hidden_NSH = model.hidden_states_for(input_ids, attention_mask)
-    keys_M = torch.from_numpy(catalogue.keys.copy()).to(model.device)
-    widths_N = torch.full((len(prompts),), width, device=model.device)
-    stepwise_N = torch.full((len(prompts),), validity == "stepwise", device=model.device)
-    beams = reference_beam_search(model.draft_head, hidden_NSH, keys_M, widths_N, stepwise_N)
+    search = BeamSearch(model.draft_head, torch.from_numpy(catalogue.keys.copy()).to(model.device))
+    beams = search(hidden_NSH, [width] * len(prompts), [validity == "stepwise"] * len(prompts))
     return [_items(beams, row, n, catalogue) for row in range(len(prompts))]
 
 

@@ -69,8 +69,6 @@ def compare(
         "prefix": prefix,
         "track": track,
     }
-    if exclude_history:
-        ask["batch_size"] = 8  # K = 512 beams of T codes each: memory grows with their product
     lists: dict[str, list[list[str]]] = {"popularity": [], "Markov, first order": []}
     popularity, markov = Popularity(split.train, dataset.item_ids), Markov(split.train, dataset.item_ids)
     for history in histories:

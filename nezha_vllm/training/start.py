@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from nezha_vllm.config import CONFIG_CLASSES
-from nezha_vllm.data.folders import replacing
+from nezha_vllm.folders import replacing
 from nezha_vllm.hf.backbones import tiny_shape
 from nezha_vllm.hf.checkpoint import grown_config, grown_weights, scratch_config
 from nezha_vllm.hf.modeling import MODEL_CLASSES, register_models
