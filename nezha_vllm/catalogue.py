@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from nezha_vllm.folders import check_replaceable, replacing
+from nezha_vllm.item_index import ItemIndex, UnknownItemError
 from nezha_vllm.manifest import MANIFEST, REBUILD, CatalogueError, check_file, read_steadily, write_manifest
 from nezha_vllm.semantic_id import SemanticIdCodec
 
@@ -40,11 +40,7 @@ ARRAYS = ("keys", "first_row", "rows_by_id")
 RESERVED_COLUMNS = ("item_id", "codes", "weight")
 
 
-class UnknownItemError(KeyError):
-    """An item ID that the catalogue does not hold."""
-
-    def __str__(self) -> str:
-        return f"item {self.args[0]!r} is not in the catalogue"
+__all__ = ["Catalogue", "CatalogueError", "UnknownItemError", "load_keys"]
 
 
 @dataclass(frozen=True)
@@ -121,27 +117,32 @@ class Catalogue:
         return len(self.keys)
 
     @cached_property
-    def _item_ids(self) -> pa.ChunkedArray:
-        return self.items["item_id"].combine_chunks()
+    def _item_ids(self) -> pa.StringArray:
+        return _one_array(self.items["item_id"])
+
+    @cached_property
+    def _index(self) -> ItemIndex:
+        return ItemIndex(self._item_ids, self.rows_by_id)
 
     @cached_property
     def codes(self) -> np.ndarray:
         """Codes of every row, int32 [items, L]."""
-        flat = self.items["codes"].combine_chunks().flatten().to_numpy()
+        flat = _one_array(self.items["codes"]).flatten().to_numpy()
         return flat.reshape(self.num_items, self.codec.num_levels)
 
     def item_id(self, row: int) -> str:
-        return self._item_ids[row].as_py()
+        return self._index.ids([row])[0]
+
+    def item_ids(self, rows: Iterable[int]) -> list[str]:
+        return self._index.ids(rows)
 
     def row(self, item_id: str) -> int:
         """Row of an item. Raises ``UnknownItemError``."""
-        ids, order = self._item_ids, self.rows_by_id
-        # surrogatepass: an ID that is no proper Unicode is unknown, not a crash
-        wanted = item_id.encode("utf-8", "surrogatepass")
-        at = bisect_left(order, wanted, key=lambda row: ids[row].as_buffer().to_pybytes())
-        if at < len(order) and ids[int(order[at])].as_py() == item_id:
-            return int(order[at])
-        raise UnknownItemError(item_id)
+        return self._index.rows([item_id])[0]
+
+    def rows(self, item_ids: Sequence[str]) -> list[int]:
+        """Rows of items. Raises ``UnknownItemError`` for the first that is unknown."""
+        return self._index.rows(item_ids)
 
     def codes_of(self, item_id: str) -> list[int]:
         """Codes of an item. Raises ``UnknownItemError``."""
@@ -149,7 +150,12 @@ class Catalogue:
 
     def rows_of_index(self, index: int) -> range:
         """Rows of the items that share the ``index``-th semantic ID, in their defined order."""
-        return range(int(self.first_row[index]), int(self.first_row[index + 1]))
+        first = self._first_rows
+        return range(first[index], first[index + 1])
+
+    @cached_property
+    def _first_rows(self) -> memoryview:
+        return np.ascontiguousarray(self.first_row).data  # its elements are Python's integers
 
     def metadata(self, row: int) -> dict[str, Any]:
         """Metadata columns of one row."""
@@ -222,6 +228,11 @@ class Catalogue:
         sorted_ids = self._item_ids.take(pa.array(self.rows_by_id))
         if not pc.all(pc.less(sorted_ids[:-1], sorted_ids[1:]), min_count=0).as_py():  # one item has no pairs
             raise CatalogueError(f"{KEYS}: rows_by_id is not in the order of item IDs, or an ID appears twice")
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    """The column as one array: where it lies if it is one (`combine_chunks` always copies), else a copy."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 _UNREADABLE = (KeyError, IndexError, OSError, ValueError, pa.ArrowException, SafetensorError)
