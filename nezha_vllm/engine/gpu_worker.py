@@ -1,4 +1,4 @@
-"""The worker on GPUs: with Model Runner V2, the default, it changes nothing."""
+"""The worker on GPUs: picks the runner. Which one vLLM makes, V1 or V2, is vLLM's choice."""
 
 from __future__ import annotations
 
@@ -17,3 +17,12 @@ class NezhaGPUWorker(Worker):
         super().init_device()
         if not self.use_v2_model_runner:
             self.model_runner.__class__ = NezhaGPUModelRunner
+            return
+        from nezha_vllm.engine import runner_v2
+
+        if type(self.model_runner) is runner_v2.GPUModelRunner:
+            self.model_runner.__class__ = runner_v2.NezhaModelRunner
+
+    def lean_steps(self) -> int:
+        """How many steps were lean, for tests and benchmarks: ``llm.collective_rpc("lean_steps")``."""
+        return getattr(self.model_runner, "lean_steps", 0)

@@ -11,7 +11,7 @@ from nezha_vllm.config import VALIDITY_MODES, NezhaConfig
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-OPTIONS = ("catalogue", "catalogue_version", "beam_width", "max_beam_width", "validity")
+OPTIONS = ("catalogue", "catalogue_version", "beam_width", "max_beam_width", "validity", "lean_step")
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class ServerSettings:
 
     ``catalogue_version`` is the only version the server may start with, None for any. The config hook sets it to the
     one it read, so that engine and API processes, which read the folder one after the other, cannot differ.
+    ``lean_step`` allows the steps of ``engine/lean_step.py``, a matter of the server alone.
     """
 
     catalogue: Path
@@ -27,6 +28,7 @@ class ServerSettings:
     beam_width: int
     max_beam_width: int
     validity: str
+    lean_step: bool
 
     @classmethod
     def from_vllm(cls, vllm_config: VllmConfig) -> ServerSettings:
@@ -45,6 +47,9 @@ class ServerSettings:
             raise ValueError(f"need integers 1 ≤ beam_width ≤ max_beam_width, got {widths[0]!r} and {widths[1]!r}")
         if values["validity"] not in VALIDITY_MODES:
             raise ValueError(f"validity is {values['validity']!r}, must be one of {VALIDITY_MODES}")
+        values["lean_step"] = options.get("lean_step", True)
+        if not isinstance(values["lean_step"], bool):
+            raise ValueError(f"lean_step is {values['lean_step']!r}, must be true or false")
         model = vllm_config.model_config.model
         values["catalogue"] = _resolve(str(values["catalogue"]), model, vllm_config.model_config.revision)
         return cls(**values)
