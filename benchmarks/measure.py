@@ -1,0 +1,104 @@
+"""Turning a system's answers into rows: the part that offline and HTTP share."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import describe
+from benchmarks.rows import Row, append
+from benchmarks.workload import Cell, Workload
+
+WARM_UPS = 5
+SHOWN = {
+    "system": "system",
+    "over": "transport",
+    "prompt": "engine_tokens",
+    "K": "beam_width",
+    "n": "n",
+    "load": "load",
+    "clients": "concurrency",
+    "rate": "request_rate",
+    "p50 ms": "p50_ms",
+    "p90": "p90_ms",
+    "p99": "p99_ms",
+    "req/s": "requests_per_s",
+    "requests": "requests",
+    "errors": "errors",
+    "note": "note",
+}
+
+
+class Recorder:
+    """Writes each row to its CSV when it is measured, and prints all of them at the end."""
+
+    def __init__(self, benchmark: str, arguments: argparse.Namespace, workload: Workload) -> None:
+        self.benchmark, self.arguments, self.workload = benchmark, arguments, workload
+        self.rows: list[Row] = []
+
+    def add(self, system: str, cell: Cell, **columns: Any) -> Row:
+        config, arguments = self.workload.config, self.arguments
+        row = Row(
+            **describe(),
+            benchmark=self.benchmark,
+            system=system,
+            model=arguments.label,
+            dtype=str(config.get("dtype", "")),
+            prompt_tokens=cell.prompt_tokens,
+            levels=self.workload.levels,
+            codes=max(config["codebook_sizes"]),
+            items=self.workload.catalogue.num_items,
+            beam_width=cell.beam_width,
+            n=cell.n,
+            **({"settings": " ".join(arguments.vllm_args), "transport": arguments.over} | columns),
+        )
+        append(self.benchmark, row, arguments.results)
+        self.rows.append(row)
+        return row
+
+    def print(self) -> None:
+        print_rows(self.rows, f"{self.benchmark}, {self.arguments.label}")
+
+
+def print_rows(rows: Sequence[Row], title: str) -> None:
+    """A short table; columns that no row fills are left out."""
+    shown = {head: [_text(getattr(row, name)) for row in rows] for head, name in SHOWN.items()}
+    shown = {head: cells for head, cells in shown.items() if any(cells)}
+    table = Table(title=title)
+    for head in shown:
+        table.add_column(head, justify="left" if head in ("system", "over", "load", "note") else "right")
+    for cells in zip(*shown.values(), strict=True):
+        table.add_row(*cells)
+    # a log file has no width: without one, rich folds the table to 80 columns
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
+
+
+def one_by_one(answer: Callable[[list[int]], object], prompts: Iterator[list[int]], seconds: float) -> list[float]:
+    """Milliseconds of requests made one after the other, after warm-up, until the budget is spent; one at least.
+
+    A system so slow that a single request takes more than the budget gets one warm-up and one measured request.
+    """
+    repeat(lambda: answer(next(prompts)), WARM_UPS, seconds)
+    return repeat(lambda: answer(next(prompts)), 2000, seconds)
+
+
+def repeat(action: Callable[[], object], most: int, seconds: float) -> list[float]:
+    """Milliseconds of each call of ``action``: at least one call, then until ``most`` or the budget is reached."""
+    spent: list[float] = []
+    while not spent or (len(spent) < most and sum(spent) < 1000 * seconds):
+        start = time.perf_counter()
+        action()
+        spent.append(1000 * (time.perf_counter() - start))
+    return spent
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)

@@ -1,0 +1,128 @@
+"""Rows: one measurement each, in one append-only CSV a command."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+RESULTS = Path(__file__).with_name("results")
+
+
+@dataclass
+class Row:
+    """One measurement; None where a figure does not apply or could not be had, which ``note`` then explains.
+
+    ``prompt_tokens`` is the size that was asked for, ``engine_tokens`` what the engine read, placeholders included.
+    ``load`` is "one" (a request after the other), "closed" (``concurrency`` clients), "open" (Poisson arrivals at
+    ``request_rate``) or "batch" (``concurrency`` prompts in one call). ``generator`` is what sent the requests.
+    """
+
+    # where and when; `machine.describe` fills them
+    date: str = ""
+    commit: str = ""
+    gpu: str = ""
+    driver: str = ""
+    python: str = ""
+    torch: str = ""
+    triton: str = ""
+    vllm: str = ""
+    transformers: str = ""
+    # what
+    benchmark: str = ""
+    system: str = ""
+    model: str = ""
+    dtype: str = ""
+    prompt_tokens: int | None = None
+    engine_tokens: int | None = None
+    levels: int | None = None
+    codes: int | None = None
+    items: int | None = None
+    beam_width: int | None = None
+    n: int | None = None
+    # how
+    transport: str = ""
+    load: str = ""
+    concurrency: int | None = None
+    request_rate: float | None = None
+    generator: str = ""
+    prefix_caching: bool | None = None
+    settings: str = ""
+    # found
+    requests: int | None = None
+    errors: int | None = None
+    seconds: float | None = None
+    p50_ms: float | None = None
+    p90_ms: float | None = None
+    p99_ms: float | None = None
+    requests_per_s: float | None = None
+    gb_per_s: float | None = None
+    tflop_per_s: float | None = None
+    ceiling_gb_per_s: float | None = None
+    ceiling_tflop_per_s: float | None = None
+    note: str = ""
+
+
+COLUMNS = [field.name for field in fields(Row)]
+_READ = {"str": str, "int | None": int, "float | None": float, "bool | None": lambda text: text == "True"}
+
+
+def append(name: str, rows: Row | Iterable[Row], folder: str | os.PathLike[str] = RESULTS) -> Path:
+    """Add rows to ``folder/NAME.csv``, several processes at once if need be; returns the file.
+
+    A file with other columns, from an earlier version, is rewritten with today's.
+    """
+    path = Path(folder) / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", newline="", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        found = list(csv.reader(file))
+        new = [_cells(row) for row in ([rows] if isinstance(rows, Row) else rows)]
+        if found and found[0] != COLUMNS:
+            new = [_cells(_row(dict(zip(found[0], line, strict=False)))) for line in found[1:]] + new
+            file.truncate(0)
+            found = []
+        csv.writer(file, lineterminator="\n").writerows(new if found else [COLUMNS, *new])
+    return path
+
+
+def read(path: str | os.PathLike[str]) -> list[Row]:
+    """All rows of a file, oldest first. Raises ``ValueError`` naming the line that is no row."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = []
+        for number, line in enumerate(csv.DictReader(file), 2):
+            try:
+                rows.append(_row(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+    return rows
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear interpolation between the closest ranks, numpy's default. Raises ``ValueError`` without values."""
+    if not values:
+        raise ValueError("no values to take a percentile of")
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def latencies(milliseconds: Sequence[float]) -> dict[str, float]:
+    """The three percentile columns of a row."""
+    return {f"p{percent}_ms": round(percentile(milliseconds, percent), 3) for percent in (50, 90, 99)}
+
+
+def _cells(row: Row) -> list[str]:
+    values = (getattr(row, name) for name in COLUMNS)
+    return ["" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value) for value in values]
+
+
+def _row(line: dict[str, str]) -> Row:
+    known = {field.name: _READ[str(field.type)] for field in fields(Row)}
+    return Row(**{name: known[name](text) for name, text in line.items() if name in known and text})  # type: ignore[arg-type]

@@ -1,0 +1,66 @@
+"""Closed loop by `wrk`: C clients, each sends its next request when the last is answered. Written in C, so that it does
+not become what is measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.served import Target
+from benchmarks.workload import Cell
+
+SCRIPT = Path(__file__).with_name("wrk.lua")
+INSTALL = "wrk is not installed (Debian, Ubuntu: apt install wrk)"
+
+
+def installed() -> bool:
+    return shutil.which("wrk") is not None
+
+
+def closed_loop(target: Target, cell: Cell, clients: int, seconds: float, seed: int) -> dict[str, Any]:
+    """Columns of a row. Raises ``RuntimeError`` with wrk's words if it measured nothing."""
+    body = json.dumps(target.body(cell))
+    threads = min(clients, max(1, (os.cpu_count() or 1) // 4))
+    argv = ["wrk", "--latency", "-t", str(threads), "-c", str(clients), "-d", f"{max(1, round(seconds))}s"]
+    # of the longest request; wrk sets aside 8 MB a second of it, and never touches most of that
+    argv += ["--timeout", f"{max(10, round(2 * seconds))}s", "-s", str(SCRIPT), f"{target.url}/v1/completions", "--"]
+    argv += [_items(target), body[:-1] + ', "prompt": "', '"}', str(target.workload.history_items(cell.prompt_tokens))]
+    run = subprocess.run([*argv, str(seed)], capture_output=True, text=True, timeout=60 + 3 * seconds)
+    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    found = json.loads(lines[-1].removeprefix("RESULT ")) if lines else {"requests": 0}
+    if not found["requests"]:
+        raise RuntimeError(f"wrk measured nothing in {seconds:.0f} s: {(run.stderr or run.stdout)[-300:].strip()}")
+    return {
+        "generator": version(),
+        "requests": found["requests"],
+        "errors": found["errors"],
+        "seconds": found["seconds"],
+        "p50_ms": found["p50"] / 1000,
+        "p90_ms": found["p90"] / 1000,
+        "p99_ms": found["p99"] / 1000,
+        "requests_per_s": found["requests"] / found["seconds"],
+    }
+
+
+@cache
+def version() -> str:
+    words = subprocess.run(["wrk", "--version"], capture_output=True, text=True).stdout.split()
+    return f"wrk {words[1].removeprefix('debian/')}" if len(words) > 1 else "wrk"
+
+
+_written: dict[str, str] = {}
+
+
+def _items(target: Target) -> str:
+    """A file of the texts of all items, each as it stands inside a JSON string."""
+    if target.url not in _written:
+        with tempfile.NamedTemporaryFile("w", suffix=".txt", prefix="nezha-items-", delete=False) as file:
+            file.writelines(json.dumps(text)[1:-1] + "\n" for text in target.texts)
+        _written[target.url] = file.name
+    return _written[target.url]
