@@ -75,9 +75,12 @@ def over_http(recorder: Recorder, arguments: argparse.Namespace, workload: Workl
     # without wrk, the workers import vLLM while the first server starts
     with nullcontext() if wrk.installed() else VllmBench(1) as bench:
         for system in arguments.systems:
-            with serving(system, arguments.model, workload, arguments.vllm_args) as target:
-                for cell in grid(system, arguments.prompts, arguments.beams):
-                    measure_http(recorder, target, cell, arguments, bench)
+            try:
+                with serving(system, arguments.model, workload, arguments.vllm_args) as target:
+                    for cell in grid(system, arguments.prompts, arguments.beams):
+                        measure_http(recorder, target, cell, arguments, bench)
+            except RuntimeError as error:  # the other systems are still to be measured
+                print(f"{system}: {error}", file=sys.stderr)
 
 
 def measure_http(

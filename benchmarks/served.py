@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.stock import beside, stock_checkpoint
 from benchmarks.workload import Cell, Workload
-from nezha_vllm.server import Server, free_port
+from nezha_vllm.server import Server, ServerError, free_port
 
 MODEL = "bench"
 
@@ -76,7 +76,7 @@ def probe(target: Target, cell: Cell, seed: int, timeout: float = 300.0) -> Prob
 
 @contextmanager
 def serving(system: str, checkpoint: str, workload: Workload, vllm_args: Sequence[str]) -> Iterator[Target]:
-    """Start a system's server and stop it behind the block. Raises ``ServerError`` with the end of its log."""
+    """Start a system's server and stop it behind the block. Raises ``RuntimeError`` with the end of its log."""
     folder, arguments = Path(checkpoint), ["--served-model-name", MODEL, "--uvicorn-log-level", "warning"]
     if system != "nezha":
         folder = stock_checkpoint(checkpoint, beside(checkpoint))
@@ -84,6 +84,9 @@ def serving(system: str, checkpoint: str, workload: Workload, vllm_args: Sequenc
         arguments += ["--max-logprobs", "-1"]
     log = Path(tempfile.mkdtemp(prefix="nezha-bench-")) / f"{system}.log"
     with Server(folder, free_port(), arguments=[*arguments, *vllm_args], log=log) as server:
-        seconds = server.wait_until_ready()
+        try:
+            seconds = server.wait_until_ready()
+        except ServerError as error:
+            raise RuntimeError(str(error)) from None
         print(f"{system}: ready after {seconds:.0f} s, log in {log}", flush=True)
         yield Target(system, server.url, workload)

@@ -60,9 +60,12 @@ def over_http(recorder: Recorder, arguments: argparse.Namespace, workload: Workl
     needed = arguments.processes if arguments.rates or not wrk.installed() else 0
     with VllmBench(needed) as bench:
         for system in arguments.systems:
-            with serving(system, arguments.model, workload, arguments.vllm_args) as target:
-                for cell in grid(system, arguments.prompts, arguments.beams):
-                    sweep(recorder, target, cell, arguments, bench)
+            try:
+                with serving(system, arguments.model, workload, arguments.vllm_args) as target:
+                    for cell in grid(system, arguments.prompts, arguments.beams):
+                        sweep(recorder, target, cell, arguments, bench)
+            except RuntimeError as error:  # the other systems are still to be measured
+                print(f"{system}: {error}", file=sys.stderr)
 
 
 def sweep(recorder: Recorder, target: Target, cell: Cell, arguments: argparse.Namespace, bench: VllmBench) -> None:
