@@ -37,7 +37,6 @@ class ItemIndex:
         self._order = np.ascontiguousarray(rows_by_id).data  # its elements are Python's integers
         first, last = self._bytes(self._order[0]), self._bytes(self._order[-1])
         self._shared = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-        self._beginning = first[: self._shared]
         self._stride = -(-len(ids) // MAX_HEADS)
         self._heads = self._heads_of(np.asarray(rows_by_id)[:: self._stride])
 
@@ -50,7 +49,9 @@ class ItemIndex:
         """The items' rows. Raises ``UnknownItemError`` for the first that is none."""
         # surrogatepass: an ID that is no proper Unicode is unknown, not a crash
         wanted = [item_id.encode("utf-8", "surrogatepass") for item_id in item_ids]
-        heads = np.array([self._head(item) for item in wanted], np.uint64)
+        begin, end = self._shared, self._shared + HEAD_BYTES  # whether it begins like all IDs is seen at the end
+        integers = [int.from_bytes(item[begin:end].ljust(HEAD_BYTES, b"\0"), "big") for item in wanted]
+        heads = np.array(integers, np.uint64)
         lows = np.maximum((np.searchsorted(self._heads, heads, "left") - 1) * self._stride + 1, 0)
         highs = np.searchsorted(self._heads, heads, "right") * self._stride
         rows = list(map(self._row, wanted, lows.tolist(), highs.tolist()))
@@ -67,11 +68,6 @@ class ItemIndex:
 
     def _bytes(self, row: int) -> bytes:
         return self._data[self._starts[row] : self._starts[row + 1]].tobytes()
-
-    def _head(self, item: bytes) -> int:
-        if not item.startswith(self._beginning):
-            return 0  # any will do: no ID of the catalogue is equal to it
-        return int.from_bytes(item[self._shared : self._shared + HEAD_BYTES].ljust(HEAD_BYTES, b"\0"), "big")
 
     def _heads_of(self, rows: np.ndarray) -> np.ndarray:
         starts, data = np.asarray(self._starts), np.asarray(self._data)

@@ -172,6 +172,58 @@ def test_a_client_that_disconnects_frees_its_requests(client: openai.OpenAI, mod
     assert len(ask(client, model).choices) == 5
 
 
+def post(server: str, body: Any, **headers: str) -> tuple[dict[str, str], dict[str, Any]]:
+    request = urllib.request.Request(f"{server}/v1/completions", json.dumps(body).encode())
+    for name, value in ({"Content-Type": "application/json"} | headers).items():
+        request.add_header(name, value)
+    with urllib.request.urlopen(request) as response:
+        return dict(response.headers), json.loads(response.read())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"n": 10},
+        {"n": 50, "vllm_xargs": {"beam_width": 512}},
+        {"n": 20, "vllm_xargs": {"beam_width": 20, "validity": "final"}},
+        {"n": 1, "vllm_xargs": {"beam_width": 1, "validity": "final"}},
+        {"n": 8, "use_beam_search": True, "temperature": 0, "max_tokens": 3},
+        {"prompt": [5, 6, 7], "n": 3},
+    ],
+    ids=str,
+)
+def test_both_ways_through_the_server_give_one_response(server: str, model: str, body: dict[str, Any]) -> None:
+    """A header that only vLLM's own handler reads sends a request there."""
+    body = {"model": model, "prompt": HISTORY} | body
+    short, long = post(server, body), post(server, body, **{"X-Session-ID": "any"})
+    for _, answer in (short, long):
+        assert answer.pop("id").startswith("cmpl-")
+        assert abs(answer.pop("created") - time.time()) < 60
+    assert json.dumps(short[1]) == json.dumps(long[1]), "the same fields in the same order"
+    for headers in (short[0], long[0]):
+        headers.pop("date"), headers.pop("content-length")
+    assert short[0] == long[0]
+
+
+def test_a_request_keeps_the_id_that_its_client_gave_it(server: str, model: str) -> None:
+    body = {"model": model, "prompt": HISTORY}
+    assert post(server, body, **{"X-Request-Id": "mine"})[1]["id"] == "cmpl-mine"
+
+
+def test_single_requests_of_clients_that_disconnect_are_freed(server: str, model: str) -> None:
+    before, asked = metric(server, "vllm:generation_tokens_total"), 60
+    body = json.dumps({"model": model, "prompt": "<item:item-1>" * 300, "vllm_xargs": {"beam_width": 512}})
+    connections = [http.client.HTTPConnection(server.removeprefix("http://")) for _ in range(asked)]
+    for connection in connections:
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    for connection in connections:
+        connection.close()
+    wait_until(lambda: metric(server, "vllm:num_requests_running") + metric(server, "vllm:num_requests_waiting") == 0)
+    assert len(post(server, {"model": model, "prompt": HISTORY, "n": 5})[1]["choices"]) == 5
+    answered = metric(server, "vllm:generation_tokens_total") - before - 1
+    assert answered < asked, "the engine worked on for clients that were gone"
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

@@ -50,10 +50,11 @@ def test_registering_changes_no_class_of_vllm() -> None:
 
 
 def test_every_wrapped_signature_is_the_expected_one() -> None:
-    from nezha_vllm.frontend.install import _wrappers, probe
+    from nezha_vllm.frontend.install import _called, _wrappers, completions_route, probe
 
-    for owner, name, arguments, _ in _wrappers():
+    for owner, name, arguments in [wrapper[:3] for wrapper in _wrappers()] + _called():
         probe(owner, name, arguments)
+    assert completions_route().path == "/v1/completions"
 
 
 def test_a_changed_signature_is_reported_by_name() -> None:

@@ -36,27 +36,52 @@ class Summary:
     reason: str | None
 
 
-def recommend(plan: Plan, ids: RankedIds) -> tuple[list[RecommendedItem], Summary]:
+@dataclass(frozen=True)
+class Answer:
+    """The n best items, best first, column by column: what every kind of response is made from."""
+
+    item_ids: list[str]
+    codes: list[list[int]]
+    log_probs: list[list[float]]
+    scores: list[float]
+    summary: Summary
+
+
+def rank(plan: Plan, ids: RankedIds) -> Answer:
     """The n best items of the ranked semantic IDs; items that share one follow each other in the catalogue's order."""
     catalogue = plan.service.catalogue
+    rows: list[int] = []
+    beams: list[int] = []
+    for beam, index in enumerate(ids.index.tolist()):
+        sharing = catalogue.rows_of_index(index)[: plan.n - len(rows)]
+        rows += sharing
+        beams += [beam] * len(sharing)
+    log_probs = ids.log_probs[beams].tolist()
+    scores = [sum(of_levels) for of_levels in log_probs]
+    codes = catalogue.codes[rows].tolist()
+    return Answer(catalogue.item_ids(rows), codes, log_probs, scores, _summary(plan, ids, len(rows)))
+
+
+def items_of(answer: Answer, plan: Plan) -> list[RecommendedItem]:
+    """The answer as vLLM's choices."""
+    version = plan.service.catalogue.version
     items: list[RecommendedItem] = []
-    codes_of_beams = catalogue.codec.codes_of_key(catalogue.keys[ids.index]).tolist()
-    for index, codes, log_probs in zip(ids.index.tolist(), codes_of_beams, ids.log_probs.tolist(), strict=True):
+    columns = zip(answer.item_ids, answer.codes, answer.log_probs, answer.scores, strict=True)
+    for item_id, codes, log_probs, score in columns:
         token_ids = plan.service.code_token_ids(codes)
-        for row in catalogue.rows_of_index(index)[: plan.n - len(items)]:
-            items.append(
-                RecommendedItem(
-                    index=len(items),
-                    text=catalogue.item_id(row),
-                    token_ids=token_ids,
-                    cumulative_logprob=sum(log_probs),
-                    logprobs=_logprobs(token_ids, codes, log_probs) if plan.with_logprobs else None,
-                    finish_reason="stop",
-                    semantic_id=tuple(codes),
-                    catalogue_version=catalogue.version,
-                )
+        items.append(
+            RecommendedItem(
+                index=len(items),
+                text=item_id,
+                token_ids=token_ids,
+                cumulative_logprob=score,
+                logprobs=_logprobs(token_ids, codes, log_probs) if plan.with_logprobs else None,
+                finish_reason="stop",
+                semantic_id=tuple(codes),
+                catalogue_version=version,
             )
-    return items, _summary(plan, ids, len(items))
+        )
+    return items
 
 
 def _logprobs(token_ids: list[int], codes: list[int], log_probs: list[float]) -> list[dict[int, Logprob]]:
@@ -103,11 +128,11 @@ class NezhaRequestState(RequestState):
             return super().make_request_output(new_token_ids, pooling_output, finish_reason, *args, **kwargs)
         token_ids, log_probs, ranks, *_ = sink.payload
         ranked = unpack(token_ids[0], log_probs[0], ranks[0], self.plan.service.num_levels)
-        items, summary = recommend(self.plan, ranked)
+        answer = rank(self.plan, ranked)
         # vLLM reads outputs[0] while building, and there may be no item: hand it one and put the items in afterwards
         output = self._new_request_output(self.external_req_id, [_NO_ITEM], True)
-        output.outputs = items
-        output.nezha = summary
+        output.outputs = items_of(answer, self.plan) if self.plan.as_choices else []
+        output.nezha, output.answer = answer.summary, answer
         return output
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from nezha_vllm.frontend.answers import RecommendedItem
@@ -65,7 +64,7 @@ def annotate_response(response: Any, results: Sequence[Any], n: int) -> Any:
 def summaries(results: Sequence[Any]) -> list[dict[str, Any] | None]:
     """What became of each prompt, as JSON; None for one that was aborted."""
     found = [getattr(result, "nezha", None) for result in results]
-    return [asdict(summary) if summary is not None else None for summary in found]
+    return [vars(summary) if summary is not None else None for summary in found]
 
 
 async def annotate_stream(lines: AsyncIterator[str], results: dict[int, Any], n: int) -> AsyncIterator[str]:

@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from fastapi.routing import APIRoute
+
 from nezha_vllm.frontend.service import service_of
 
 _INSTALLED: set[tuple[type, str]] = set()
@@ -22,9 +24,12 @@ class VllmChangedError(RuntimeError):
 
 def install() -> None:
     """Wrap vLLM's API classes once in this process. Raises ``VllmChangedError`` before anything is changed."""
+    from nezha_vllm.frontend.short_way import shorten
+
     wrappers = _wrappers()
-    for owner, name, arguments, _ in wrappers:
+    for owner, name, arguments in [wrapper[:3] for wrapper in wrappers] + _called():
         probe(owner, name, arguments)
+    route = completions_route()
     for owner, name, _, wrapper in wrappers:
         if (owner, name) not in _INSTALLED:
             original = inspect.getattr_static(owner, name)
@@ -32,6 +37,18 @@ def install() -> None:
             wrapped = functools.wraps(function)(wrapper(function))
             setattr(owner, name, classmethod(wrapped) if isinstance(original, classmethod) else wrapped)
             _INSTALLED.add((owner, name))
+    shorten(route)
+
+
+def completions_route() -> APIRoute:
+    """vLLM's route, before an application includes it. Raises ``VllmChangedError``."""
+    import vllm
+    from vllm.entrypoints.openai.completion.api_router import router
+
+    for route in router.routes:
+        if isinstance(route, APIRoute) and route.path == "/v1/completions" and route.methods == {"POST"}:
+            return route
+    raise VllmChangedError(f"POST /v1/completions is gone from vLLM {vllm.__version__}: install a tested version")
 
 
 def probe(owner: type, name: str, arguments: tuple[str, ...]) -> None:
@@ -72,12 +89,25 @@ def _wrappers() -> list[tuple[type, str, tuple[str, ...], Callable[[Callable[...
     ]
 
 
+def _called() -> list[tuple[type, str, tuple[str, ...]]]:
+    """What the short way calls (``short_way``)."""
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.renderers.hf import HfRenderer
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return [
+        (AsyncLLM, "generate", ("prompt", "sampling_params", "request_id")),
+        (HfRenderer, "process_for_engine", ("prompt", "arrival_time")),
+        (OpenAIServingModels, "is_base_model", ("model_name",)),
+        (OpenAIServingModels, "model_name", ("lora_request",)),
+    ]
+
+
 def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     """Check the options, complete the prompt, and send the engine the little it needs."""
     from vllm import SamplingParams
 
-    from nezha_vllm.engine.draft_stage import REQUEST_KEY
-    from nezha_vllm.frontend.options import make_plan
+    from nezha_vllm.frontend.options import PLAN, engine_params, make_plan
     from nezha_vllm.frontend.prompts import complete_prompt
 
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,19 +115,14 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         service = getattr(self.renderer, "service", None)
         if service is None or not isinstance(params, SamplingParams):
             return original(self, request_id, prompt, params, *args, **kwargs)
+        if hasattr(params, PLAN):  # the short way has checked everything
+            request = original(self, request_id, prompt, params, *args, **kwargs)
+            request.sampling_params = params
+            return request
         plan = make_plan(service, params)
         request = original(self, request_id, prompt, params, *args, **kwargs)
         request.prompt_token_ids = complete_prompt(request.prompt_token_ids, service)
-        request.sampling_params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            logprobs=0,  # opens the channel that the payload travels through
-            detokenize=False,
-            output_kind=params.output_kind,
-            extra_args={REQUEST_KEY: plan.search()},
-            skip_clone=True,
-        )
-        request.sampling_params.nezha_plan = plan  # a plain attribute: stays in this process
+        request.sampling_params = engine_params(plan, params.output_kind)
         return request
 
     return process_inputs
@@ -106,10 +131,11 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
 def _from_new_request(original: Callable[..., Any]) -> Callable[..., Any]:
     """Give our requests a state that turns one engine output into n choices."""
     from nezha_vllm.frontend.answers import adopt
+    from nezha_vllm.frontend.options import PLAN
 
     def from_new_request(cls: type, tokenizer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         state = original(cls, tokenizer, request, *args, **kwargs)
-        plan = getattr(request.sampling_params, "nezha_plan", None)
+        plan = getattr(request.sampling_params, PLAN, None)
         return state if plan is None else adopt(state, plan)
 
     return from_new_request

@@ -4,46 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from nezha_vllm.config import VALIDITY_MODES
+from nezha_vllm.engine.draft_stage import REQUEST_KEY
 from nezha_vllm.frontend.errors import bad_request
 from nezha_vllm.frontend.service import Service
 
-if TYPE_CHECKING:
-    from vllm import SamplingParams
-
 OPTIONS = ("beam_width", "validity")
+PLAN = "nezha_plan"  # a plain attribute of SamplingParams: it stays in this process
 NO_SAMPLING = "{} has no meaning for catalogue items, which are ranked and not sampled; leave it out"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One request, checked: n items out of ``beam_width`` beams."""
+    """One request, checked: n items out of ``beam_width`` beams.
+
+    ``as_choices`` is False for a request that makes its response from the columns of an ``Answer``.
+    """
 
     service: Service
     n: int
     beam_width: int
     validity: str
     with_logprobs: bool
+    as_choices: bool = True
 
     def search(self) -> dict[str, Any]:
         """What the engine needs of it (``engine.draft_stage.Search``). n items lie on n semantic IDs at most."""
         return {"num_ids": self.n, "beam_width": self.beam_width, "stepwise": self.validity == "stepwise"}
 
 
+def engine_params(plan: Plan, output_kind: RequestOutputKind) -> SamplingParams:
+    """The little that the engine needs of a request; the plan comes along as the attribute ``PLAN``."""
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        logprobs=0,  # opens the channel that the payload travels through
+        detokenize=False,
+        output_kind=output_kind,
+        extra_args={REQUEST_KEY: plan.search()},
+        skip_clone=True,
+    )
+    setattr(params, PLAN, plan)
+    return params
+
+
 def make_plan(service: Service, params: SamplingParams) -> Plan:
     """Check ``SamplingParams`` against the service. Raises a 400 that names the parameter."""
     refuse_sampling_options(params)
-    options = params.extra_args or {}
-    check_search(service, params.n, options)
-    beam_width = options.get("beam_width", service.settings.beam_width)
-    validity = options.get("validity", service.settings.validity)
+    beam_width, validity = check_search(service, params.n, params.extra_args or {})
     return Plan(service, params.n, beam_width, validity, params.logprobs is not None)
 
 
-def check_search(service: Service, n: int, options: Mapping[str, Any]) -> None:
-    """Check the number of items and the options in ``vllm_xargs`` (``extra_args`` offline). Raises a 400."""
+def check_search(service: Service, n: int, options: Mapping[str, Any]) -> tuple[int, str]:
+    """Check the number of items and the options in ``vllm_xargs`` (``extra_args`` offline). Raises a 400.
+
+    Returns the beam width and the validity mode.
+    """
     for name in options:
         if name not in OPTIONS:
             raise bad_request(name, f"{name!r} is not an option; vllm_xargs takes {', '.join(OPTIONS)}")
@@ -57,9 +77,10 @@ def check_search(service: Service, n: int, options: Mapping[str, Any]) -> None:
         raise bad_request("n", f"n must be at least 1, got {n}")
     if n > beam_width:
         raise bad_request("n", f"{n} items were asked for but beam_width is {beam_width}; lower n or raise beam_width")
-    validity = options.get("validity", "final")
+    validity = options.get("validity", service.settings.validity)
     if validity not in VALIDITY_MODES:
         raise bad_request("validity", f"validity must be one of {', '.join(VALIDITY_MODES)}, got {validity!r}")
+    return beam_width, validity
 
 
 def refuse_sampling_options(params: SamplingParams) -> None:

@@ -39,7 +39,7 @@ class NezhaRenderer(HfRenderer):
             tokens = super().tokenize_prompt(self._history(prompt), self._limits(params))
         except VLLMValidationError as error:
             raise self._explain(error) from None
-        return self._complete(tokens)
+        return {**tokens, "prompt_token_ids": self._complete(list(tokens["prompt_token_ids"]))}
 
     async def tokenize_prompt_async(self, prompt: Any, params: Any) -> Any:
         if (encoded := self._encode(prompt, params)) is not None:
@@ -48,7 +48,14 @@ class NezhaRenderer(HfRenderer):
             tokens = await super().tokenize_prompt_async(self._history(prompt), self._limits(params))
         except VLLMValidationError as error:
             raise self._explain(error) from None
-        return self._complete(tokens)
+        return {**tokens, "prompt_token_ids": self._complete(list(tokens["prompt_token_ids"]))}
+
+    def encode(self, prompt: str | list[int]) -> list[int] | None:
+        """A complete prompt, checked; None for a text that needs the tokenizer. Raises a 400 for bad token ids."""
+        if isinstance(prompt, str):
+            history = self.encoder.encode(prompt)
+            return None if history is None else [*history, *self.service.placeholder_token_ids]
+        return self._complete(strip_placeholders(prompt, self.service))
 
     def _encode(self, prompt: Any, params: Any) -> Any:
         """The prompt without the tokenizer, which is 70 µs instead of 550 for 42 items; None if it is needed."""
@@ -74,11 +81,10 @@ class NezhaRenderer(HfRenderer):
         length = {"input_text": None, "input_tokens": error.value}
         return too_long(length[error.parameter], self.service) if error.parameter in length else error
 
-    def _complete(self, tokens: Any) -> Any:
-        history = list(tokens["prompt_token_ids"])
+    def _complete(self, history: list[int]) -> list[int]:
         if history == self.prefix:  # nothing but what the tokenizer puts before every text
             raise bad_request("prompt", EMPTY_PROMPT)
-        return {**tokens, "prompt_token_ids": append_placeholders(history, self.service)}
+        return append_placeholders(history, self.service)
 
 
 # truncation, padding, lower case …: whatever a request may ask of the tokenizer, in this version of vLLM or the next
