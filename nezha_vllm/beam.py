@@ -1,20 +1,40 @@
 """Beam search as one call: the only door through which the engine and the evaluation reach a search.
 
-On every device this is today the PyTorch reference; Triton kernels take its place behind the same call.
+Behind it stand the Triton kernels on GPUs and the PyTorch reference everywhere else. They give the same answers.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from nezha_vllm.config import MAX_BEAM_WIDTH
 from nezha_vllm.draft_head import Beams, DraftHead, reference_beam_search
+
+if TYPE_CHECKING:
+    from nezha_vllm.triton_search import Plan
 
 # elements of one [N, K, T] score tensor; the reference peaks at 56 bytes an element, so at 450 MiB. Larger batches are
 # searched in slices of requests.
 MAX_SCORES = 1 << 23
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels_run(head: DraftHead) -> bool:
+    """Whether the Triton kernels can search with this head where it is."""
+    weight = head.logit_heads[0].weight
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and weight.dtype == torch.float32
+    if not (weight.is_cuda or interpreted) or weight.dtype not in KERNEL_DTYPES or weight.shape[1] % 64:
+        return False
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 class BeamSearch:
@@ -22,26 +42,63 @@ class BeamSearch:
 
     def __init__(self, head: DraftHead, keys_M: Tensor) -> None:
         self.head, self.keys_M = head, keys_M
-        self.code_drives = head.code_drives()
+        self.plan: Plan | None = None
+        if kernels_run(head):
+            from nezha_vllm.triton_search import Plan
+
+            self.plan = Plan(head, keys_M)
+        else:
+            self.code_drives = head.code_drives()
 
     def __call__(self, hidden_NSH: Tensor, widths: Sequence[int], stepwise: Sequence[bool]) -> Beams:
         """Search N requests; ``widths`` and ``stepwise`` are the beam width and validity mode of each.
 
-        ``hidden_NSH`` are the backbone's hidden states after its final norm, S = L + 1, any floating dtype.
+        ``hidden_NSH`` are the backbone's hidden states after its final norm, S = L + 1, any floating dtype. Widths over
+        ``MAX_BEAM_WIDTH`` are searched by the reference.
         """
-        device = hidden_NSH.device
         hidden_NSH = hidden_NSH.to(self.head.logit_heads[0].weight.dtype)
-        widths_N = torch.tensor(widths, dtype=torch.long, device=device)
-        stepwise_N = torch.tensor(stepwise, dtype=torch.bool, device=device)
-        per_request = max(widths) * max(self.head.codebook_sizes)
-        step = max(1, MAX_SCORES // per_request)
-        parts = [
-            reference_beam_search(self.head, hidden_nSH, self.keys_M, widths_n, stepwise_n, self.code_drives)
-            for hidden_nSH, widths_n, stepwise_n in zip(
-                hidden_NSH.split(step), widths_N.split(step), stepwise_N.split(step), strict=True
-            )
-        ]
+        use_kernels = self.plan is not None and max(widths) <= MAX_BEAM_WIDTH
+        search, step = self._kernel_slices(widths) if use_kernels else self._reference_slices(widths)
+        slices = [slice(start, start + step) for start in range(0, len(widths), step)]
+        parts = [search(hidden_NSH[part], widths[part], stepwise[part]) for part in slices]
         return parts[0] if len(parts) == 1 else _concatenate(parts)
+
+    def _reference_slices(self, widths: Sequence[int]) -> tuple:
+        drives = self.head.code_drives() if self.plan else self.code_drives
+
+        def search(hidden_NSH: Tensor, widths: Sequence[int], stepwise: Sequence[bool]) -> Beams:
+            widths_N = torch.tensor(widths, dtype=torch.long, device=hidden_NSH.device)
+            stepwise_N = torch.tensor(stepwise, dtype=torch.bool, device=hidden_NSH.device)
+            return reference_beam_search(self.head, hidden_NSH, self.keys_M, widths_N, stepwise_N, drives)
+
+        return search, max(1, MAX_SCORES // (max(widths) * max(self.head.codebook_sizes)))
+
+    def _kernel_slices(self, widths: Sequence[int]) -> tuple:
+        from nezha_vllm.triton_search import MAX_ROWS, Workspace, width_bucket
+
+        assert self.plan is not None
+        bucket = width_bucket(max(widths))
+        step = min(len(widths), max(1, MAX_ROWS // bucket))
+        work = Workspace(self.plan, step * bucket, step)
+        num_levels = self.head.num_levels
+
+        def search(hidden_NSH: Tensor, widths: Sequence[int], stepwise: Sequence[bool]) -> Beams:
+            rows = [widths, [int(flag) for flag in stepwise], [1] * len(widths)]
+            requests_3N = torch.tensor(rows, dtype=torch.int32, device=hidden_NSH.device)
+            out = requests_3N.new_empty(len(widths), 2 + bucket * (1 + num_levels))
+            self.plan.search(work, hidden_NSH.contiguous(), requests_3N, out, bucket)
+            return beams_of(out, num_levels, max(widths))
+
+        return search, step
+
+
+def beams_of(out: Tensor, num_levels: int, width: int) -> Beams:
+    """The kernels' answer, int32 [N, 2 + K · (1 + L)], as `Beams` of ``width`` columns."""
+    beams = out[:, 2:].view(len(out), -1, 1 + num_levels)[:, :width]
+    index_NK = beams[..., 0].long()
+    log_probs_NKL = beams[..., 1:].contiguous().view(torch.float32)
+    scores_NK = log_probs_NKL.sum(2).masked_fill(index_NK < 0, -torch.inf)
+    return Beams(index_NK, log_probs_NKL, scores_NK, out[:, 1].long(), out[:, 0].long())
 
 
 def _concatenate(parts: list[Beams]) -> Beams:

@@ -12,6 +12,7 @@ from nezha_vllm.semantic_id import SemanticIdCodec
 
 VALIDITY_MODES = ("stepwise", "final")
 MAX_LEVELS = 8
+MAX_BEAM_WIDTH = 4096
 
 
 @dataclass
@@ -23,7 +24,7 @@ class NezhaFields:
         code_token_offsets: per level, the token id of code 0; the level's codes follow it without gaps.
         placeholder_token_ids: token ids of the L placeholders that end every prompt.
         beam_width: K of a request that names none.
-        max_beam_width: largest K that a request may ask for.
+        max_beam_width: largest K that a request may ask for, 4,096 at most.
         validity: default validity mode, ``stepwise`` or ``final``.
         catalogue: folder of the catalogue, relative to the checkpoint.
     """
@@ -81,9 +82,10 @@ class NezhaFields:
             )
         if self.validity not in VALIDITY_MODES:
             raise ValueError(f"config.json: validity is {self.validity!r}, must be one of {VALIDITY_MODES}")
-        if not 1 <= self.beam_width <= self.max_beam_width:
+        if not 1 <= self.beam_width <= self.max_beam_width <= MAX_BEAM_WIDTH:
             raise ValueError(
-                f"config.json: need 1 ≤ beam_width ≤ max_beam_width, got {self.beam_width} and {self.max_beam_width}"
+                f"config.json: need 1 ≤ beam_width ≤ max_beam_width ≤ {MAX_BEAM_WIDTH}, "
+                f"got {self.beam_width} and {self.max_beam_width}"
             )
 
 

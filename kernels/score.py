@@ -1,0 +1,56 @@
+"""Candidates of a level: log-softmax of every beam's logits, minus infinity where the catalogue has nothing."""
+
+import triton
+import triton.language as tl
+
+from .overlap import begin
+from .validity import has_child
+
+
+@triton.jit
+def score_children(
+    logits, bias, scores, prefixes, lows, highs, stepwise, counts, keys, table, log_probs, maxima, group_maxima,
+    logit_stride, bias_stride, size, suffix, groups,
+    K: tl.constexpr, ROOT: tl.constexpr, IN_TABLE: tl.constexpr,
+    BLOCK: tl.constexpr, FAN: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program a beam, [N · K] of them; those beyond a request's beams do nothing. With ROOT, one a request.
+
+    logits float32 [N · K, logit_stride], or [N, …] with ROOT; bias float32 [N, bias_stride] is added, except with ROOT.
+    log_probs float32 [N · K, groups · FAN²], which may be ``logits`` itself: log p of each code, minus infinity for
+    those that may not be taken. maxima float32 [N · K, groups · FAN] and group_maxima [N · K, groups]: the best score,
+    beam and code together, of each FAN and each FAN² codes.
+    """
+    begin(OVERLAP)
+    if ROOT:
+        request = tl.program_id(0)
+        row = request * K
+        source = request
+    else:
+        row = tl.program_id(0)
+        request = row // K
+        source = row
+    if row % K < tl.load(counts + request):
+        codes = tl.arange(0, BLOCK)
+        exists = codes < size
+        logit = tl.load(logits + source.to(tl.int64) * logit_stride + codes, mask=exists, other=float("-inf"))
+        if not ROOT:
+            logit += tl.load(bias + request.to(tl.int64) * bias_stride + codes, mask=exists, other=0.0)
+        shifted = logit - tl.max(logit, 0)
+        log_p = shifted - tl.log(tl.sum(tl.exp(shifted), 0))
+        # + 0.0 makes a zero positive; whatever is no number is no candidate
+        log_p = tl.where(log_p == log_p, log_p + 0.0, float("-inf"))
+        if tl.load(stepwise + request) != 0:
+            prefix = tl.load(prefixes + row)
+            low, high = tl.load(lows + row), tl.load(highs + row)
+            inside = tl.minimum(codes, size - 1)
+            valid = has_child(keys, table, prefix, low, high, inside, size, suffix, IN_TABLE)
+            log_p = tl.where(valid, log_p, float("-inf"))
+        first = row.to(tl.int64) * groups
+        tl.store(log_probs + first * (FAN * FAN) + codes, log_p, mask=codes < groups * (FAN * FAN))
+        best = tl.max(tl.reshape(log_p, [BLOCK // FAN, FAN]), 1) + tl.load(scores + row)
+        chunk = tl.arange(0, BLOCK // FAN)
+        tl.store(maxima + first * FAN + chunk, best, mask=chunk < groups * FAN)
+        best = tl.max(tl.reshape(best, [BLOCK // (FAN * FAN), FAN]), 1)
+        group = tl.arange(0, BLOCK // (FAN * FAN))
+        tl.store(group_maxima + first + group, best, mask=group < groups)

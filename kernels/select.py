@@ -1,0 +1,148 @@
+"""The K best of a level's candidates, exactly, and what becomes of them.
+
+A request's candidates lie in chunks of FAN codes, and those in groups of FAN chunks, whose maxima are known. The K best
+candidates lie in the K groups with the largest maxima (those equal by position), since each of these holds a candidate
+at least as good as any outside; so do chunks. One program a request picks K groups, then K of their chunks, then K of
+their candidates. Each pick is exact and in position order, which keeps beams in key order from level to level.
+"""
+
+import triton
+import triton.language as tl
+
+from .order import DEAD, ordered, ordered_at, places, threshold
+from .overlap import begin
+from .validity import child_range
+
+
+@triton.jit
+def position(chosen, at, keep, FAN: tl.constexpr, TOP: tl.constexpr):
+    """Where the ``at``-th value looked at stands: below the ``at // FAN``-th chosen, or at the TOP where it is."""
+    return at if TOP else tl.load(chosen + at // FAN, mask=keep, other=0) * FAN + at % FAN
+
+
+@triton.jit
+def pick(
+    values, count, width, above, chosen, FAN: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr
+):
+    """Positions of the ``width`` best of values[:count] into ``chosen``, ascending; returns how many there are.
+
+    ``above`` are the positions chosen one step before, each of which brought FAN values.
+    """
+    bound, ties, kept = threshold(values, count, width, BLOCK, ONE)
+    above_before = tl.full([], 0, tl.int32)
+    tied_before = tl.full([], 0, tl.int32)
+    for start in range(0, count, BLOCK):
+        keys = ordered_at(values, start, count, BLOCK)
+        keep, place, above_before, tied_before = places(keys, bound, ties, above_before, tied_before, ONE)
+        at = start + tl.arange(0, BLOCK)
+        tl.store(chosen + place, position(above, at, keep, FAN, TOP), mask=keep)
+    tl.debug_barrier()
+    return kept
+
+
+@triton.jit
+def gather_maxima(maxima, chosen, kept, values, FAN: tl.constexpr, BLOCK: tl.constexpr):
+    """Maxima of the chunks in the chosen groups into ``values``."""
+    for start in range(0, kept * FAN, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        exists = at < kept * FAN
+        chunk = position(chosen, at, exists, FAN, False)
+        tl.store(values + at, tl.load(maxima + chunk, mask=exists, other=float("-inf")), mask=exists)
+    tl.debug_barrier()
+
+
+@triton.jit
+def gather_scores(log_probs, scores, chosen, kept, values, row_size, FAN: tl.constexpr, BLOCK: tl.constexpr):
+    """Scores of the candidates in the chosen chunks into ``values``."""
+    for start in range(0, kept * FAN, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        exists = at < kept * FAN
+        candidate = position(chosen, at, exists, FAN, False)
+        log_p = tl.load(log_probs + candidate, mask=exists, other=float("-inf"))
+        score = tl.load(scores + candidate // row_size, mask=exists, other=0.0)
+        tl.store(values + at, log_p + score, mask=exists)
+    tl.debug_barrier()
+
+
+@triton.jit
+def select_beams(
+    log_probs, maxima, group_maxima, chosen_groups, chosen_chunks, chosen, values,
+    counts, scores, prefixes, lows, highs, history,
+    new_counts, new_scores, new_prefixes, new_lows, new_highs, new_history, parents, codes,
+    widths, keys, table, out,
+    size, suffix, groups, out_stride,
+    K: tl.constexpr, L: tl.constexpr, LEVEL: tl.constexpr, IN_TABLE: tl.constexpr, FAN: tl.constexpr,
+    GROUPS: tl.constexpr, CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr, MOST: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program a request: from the candidates of level LEVEL (from 0) to its beams, or to the answer.
+
+    Beams are rows [N · K] of counts [N], scores, prefixes, lows and highs (the keys below a prefix), history [N · K, L]
+    (log p of each level so far); ``new_*`` are those of the children, with their parents and codes. widths int32 [N].
+    GROUPS, CHUNKS, CANDIDATES bound what a request can have of each, powers of two; MOST is how many of them a program
+    looks at in one go. ``values`` is scratch, float32 [N · K · FAN].
+    At the last level ``out`` int32 [N, 2 + K · (1 + L)] gets how many beams are items, how many were finished, and
+    best first each beam's index among the keys (-1 where there is none) and the bits of its log-probabilities.
+    """
+    begin(OVERLAP)
+    GROUP_BLOCK: tl.constexpr = GROUPS if GROUPS < MOST else MOST
+    CHUNK_BLOCK: tl.constexpr = CHUNKS if CHUNKS < MOST else MOST
+    BLOCK: tl.constexpr = CANDIDATES if CANDIDATES < MOST else MOST
+    request = tl.program_id(0)
+    first = request.to(tl.int64) * K
+    width = tl.minimum(tl.load(widths + request), K)
+    row_size = groups * (FAN * FAN)
+    log_probs += first * row_size
+    values += first * FAN
+    num_groups = tl.load(counts + request) * groups
+
+    kept = pick(
+        group_maxima + first * groups, num_groups, width, chosen, chosen_groups + first,
+        FAN, True, GROUP_BLOCK, GROUPS <= MOST,
+    )  # fmt: skip
+    gather_maxima(maxima + first * groups * FAN, chosen_groups + first, kept, values, FAN, CHUNK_BLOCK)
+    kept = pick(
+        values, kept * FAN, width, chosen_groups + first, chosen_chunks + first, FAN, False, CHUNK_BLOCK, CHUNKS <= MOST
+    )
+    gather_scores(log_probs, scores + first, chosen_chunks + first, kept, values, row_size, FAN, BLOCK)
+    kept = pick(values, kept * FAN, width, chosen_chunks + first, chosen + first, FAN, False, BLOCK, CANDIDATES <= MOST)
+    tl.store(new_counts + request, kept)
+
+    beam = tl.arange(0, K)
+    alive = beam < kept
+    candidate = tl.load(chosen + first + beam, mask=alive, other=0)
+    parent = first + candidate // row_size
+    code = candidate % row_size
+    log_p = tl.load(log_probs + candidate, mask=alive, other=0.0)
+    total = tl.load(scores + parent, mask=alive, other=float("-inf")) + log_p
+    tl.store(parents + first + beam, candidate // row_size, mask=alive)
+    tl.store(codes + first + beam, code, mask=alive)
+    tl.store(new_scores + first + beam, total, mask=alive)
+    tl.store(new_history + (first + beam) * L + LEVEL, log_p, mask=alive)
+    child = tl.load(prefixes + parent, mask=alive, other=0) * size + code
+    low = tl.load(lows + parent, mask=alive, other=0)
+    high = tl.load(highs + parent, mask=alive, other=0)
+    low, high = child_range(keys, table, child, low, high, suffix, alive, IN_TABLE)
+    tl.store(new_prefixes + first + beam, child, mask=alive)
+    tl.store(new_lows + first + beam, low, mask=alive)
+    tl.store(new_highs + first + beam, high, mask=alive)
+    for level in tl.static_range(LEVEL):
+        past = tl.load(history + parent * L + level, mask=alive, other=0.0)
+        tl.store(new_history + (first + beam) * L + level, past, mask=alive)
+    if LEVEL + 1 == L:
+        tl.debug_barrier()
+        valid = alive & (low < high)
+        key = tl.where(valid, ordered(total), DEAD).to(tl.int64)
+        # descending by score, then by place: one ascending sort of both in one integer
+        rank = tl.sort((-key << 32) + beam, 0)
+        source = (rank & 0xFFFFFFFF).to(tl.int32)
+        num_valid = tl.sum(valid.to(tl.int32), 0)
+        returned = beam < num_valid
+        row = out + request.to(tl.int64) * out_stride
+        tl.store(row, num_valid)
+        tl.store(row + 1, kept)
+        index = tl.load(new_lows + first + source, mask=returned, other=-1)
+        target = row + 2 + beam * (1 + L)
+        tl.store(target, index)
+        for level in tl.static_range(L):
+            log_p = tl.load(new_history + (first + source) * L + level, mask=returned, other=0.0)
+            tl.store(target + 1 + level, log_p.to(tl.int32, bitcast=True))

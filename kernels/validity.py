@@ -1,0 +1,52 @@
+"""Which semantic IDs exist: binary search in the catalogue's sorted keys, or one look into a table of lower bounds."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def lower_bound(keys, low, high, target):
+    """First index of the ascending keys[low:high] whose key is at least ``target``; ``high`` if there is none.
+
+    ``low``, ``high`` int32 and ``target`` int64 are blocks of one shape.
+    """
+    span = tl.max(high - low, 0)
+    while span > 0:
+        open_ = low < high
+        middle = (low + high) // 2
+        below = open_ & (tl.load(keys + middle, mask=open_, other=0) < target)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(open_ & (below == 0), middle, high)
+        span = span // 2
+    return low
+
+
+@triton.jit
+def has_child(keys, table, prefix, low, high, codes, size, suffix, IN_TABLE: tl.constexpr):
+    """Whether each of a prefix's ``codes`` leads to a key.
+
+    ``prefix`` (int64 scalar) covers keys[low:high]; ``size`` is T of the level, ``suffix`` the keys below one child.
+    With ``IN_TABLE``, table[p] is the lower bound of child prefix p of this level.
+    """
+    child = prefix * size + codes
+    if IN_TABLE:
+        found = tl.load(table + child + 1) > tl.load(table + child)
+    else:
+        first = lower_bound(keys, low + tl.zeros_like(codes), high + tl.zeros_like(codes), child * suffix)
+        inside = first < high
+        found = inside & (tl.load(keys + first, mask=inside, other=0) < (child + 1) * suffix)
+    return found
+
+
+@triton.jit
+def child_range(keys, table, child, low, high, suffix, alive, IN_TABLE: tl.constexpr):
+    """Keys [low, high) below each child prefix (int64 block) whose parent covers keys[low:high]."""
+    if IN_TABLE:
+        new_low = tl.load(table + child, mask=alive, other=0)
+        new_high = tl.load(table + child + 1, mask=alive, other=0)
+    else:
+        low = tl.where(alive, low, 0)
+        high = tl.where(alive, high, 0)
+        new_low = lower_bound(keys, low, high, child * suffix)
+        new_high = lower_bound(keys, new_low, high, (child + 1) * suffix)
+    return new_low, new_high

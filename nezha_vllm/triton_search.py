@@ -1,0 +1,403 @@
+"""The beam search as a fixed sequence of Triton launches: no host synchronisation, so it can be one CUDA graph.
+
+For N requests of up to K beams each level is: matrix products, scores with validity, exact selection, next states (the
+last level has no next states). `Plan` holds what is fixed for a head and a catalogue, `Workspace` the buffers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nezha_vllm.draft_head import DraftHead
+from nezha_vllm.kernels.linear import beam_products, context_states, few_request_products, request_products
+from nezha_vllm.kernels.overlap import overlaps
+from nezha_vllm.kernels.score import score_children
+from nezha_vllm.kernels.select import select_beams
+from nezha_vllm.semantic_id import SemanticIdCodec
+
+MAX_ROWS = 32_768  # beams in one launch: 64 requests at K = 512, at H = 2048 and T = 512 a workspace of 350 MB
+WIDTHS = tuple(16 << step for step in range(9))  # the K a launch can have: 16 to 4,096
+# Prefix tables may hold this many lower bounds or twice as many as there are keys: 8 MB for small catalogues.
+MIN_TABLE = 1 << 21
+IN_ONE_GO = 16_384  # values that one program keeps in registers while it searches for a threshold
+FEW = 4  # requests up to which what depends on them alone is computed without matrix units
+FEW_TILE, TILE = 8, 32  # rows of weights a program then multiplies, and otherwise
+LIBRARY_ROWS = 2048  # beams from which cuBLAS is ahead of our kernel: 454 against 540 µs at 32,768
+
+
+def width_bucket(width: int) -> int:
+    """The K of the launch that searches ``width`` beams."""
+    return next(bucket for bucket in WIDTHS if bucket >= width)
+
+
+@dataclass(frozen=True)
+class _Level:
+    size: int
+    suffix: int
+    first_weight: int
+    bias: int
+    table: Tensor | None
+
+
+class Workspace:
+    """Buffers for up to ``rows`` = N · K beams. Searches that share one must run one after the other."""
+
+    def __init__(self, plan: Plan, rows: int, requests: int) -> None:
+        device, dtype, hidden_size = plan.weights.device, plan.weights.dtype, plan.hidden_size
+        levels = plan.codec.num_levels
+
+        def buffer(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        extents = [plan.geometry(index, width) for index in range(levels) for width in WIDTHS]
+        fan = max(shape.fan for shape in extents)
+        self.by_request = buffer((requests, plan.root_columns))
+        self.logits = buffer((rows, max(shape.row_size for shape in extents)))
+        self.drives = buffer((rows, hidden_size), dtype)
+        self.states = buffer((rows, hidden_size), dtype)
+        self.maxima = buffer((rows, max(shape.groups * shape.fan for shape in extents)))
+        self.group_maxima = buffer((rows, max(shape.groups for shape in extents)))
+        self.values = buffer((rows * fan,))
+        self.chosen_groups, self.chosen_chunks, self.chosen, self.parents, self.codes = (
+            buffer((rows,), torch.int32) for _ in range(5)
+        )
+        self.beams = [
+            _Beams(
+                buffer((requests,), torch.int32),
+                buffer((rows,)),
+                buffer((rows,), torch.int64),
+                buffer((rows,), torch.int32),
+                buffer((rows,), torch.int32),
+                buffer((rows, levels)),
+            )
+            for _ in range(3)
+        ]
+        self.beams[0].highs.fill_(plan.num_keys)  # the root: no code yet, so every key is below it
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        tensors += [value for beams in self.beams for value in vars(beams).values()]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+@dataclass
+class _Beams:
+    counts: Tensor
+    scores: Tensor
+    prefixes: Tensor
+    lows: Tensor
+    highs: Tensor
+    history: Tensor
+
+
+FANS = (2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """How a level's candidates are laid out: a row a parent, ``groups`` groups of ``fan`` chunks of ``fan`` codes."""
+
+    most_parents: int
+    fan: int
+    groups: int
+
+    @property
+    def row_size(self) -> int:
+        return self.groups * self.fan * self.fan
+
+
+class Plan:
+    """Weights, code drives and prefix tables, laid out for the kernels; made once a head and catalogue.
+
+    ``weights`` is [Σ (T_l + H), H]: W_1, W_hh,1, W_2, W_hh,2, …, W_L.
+    """
+
+    def __init__(self, head: DraftHead, keys_M: Tensor) -> None:
+        assert len(keys_M) < 2**31, "positions among the keys are int32"
+        self.codec = SemanticIdCodec(head.codebook_sizes)
+        self.keys, self.num_keys = keys_M, len(keys_M)
+        self.hidden_size = head.logit_heads[0].in_features
+        assert self.hidden_size % 64 == 0, f"hidden size {self.hidden_size} is no multiple of 64"
+        rows: list[Tensor] = []
+        for level, logit_head in enumerate(head.logit_heads):
+            rows.append(logit_head.weight)
+            if level + 1 < head.num_levels:
+                rows.append(head.cells[level].weight_hh)
+        self.weights = torch.cat(rows).contiguous()
+        self.code_drives = [
+            (drive.float() + cell.bias_hh.float()).to(self.weights.dtype)
+            for drive, cell in zip(head.code_drives(), head.cells, strict=True)
+        ]
+        self.precision = "ieee" if self.weights.dtype == torch.float32 else "tf32"
+        overlap = overlaps(self.weights.device)
+        self.launch = {"OVERLAP": overlap, "launch_pdl": overlap}
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        codec, hidden_size = self.codec, self.hidden_size
+        self.levels: list[_Level] = []
+        parts: list[tuple[int, int, int, int, int]] = []
+        weight_row = column = 0
+
+        for level, (size, suffix) in enumerate(zip(codec.codebook_sizes, codec.suffix_sizes, strict=True)):
+            self.levels.append(_Level(size, suffix, weight_row, column, self._table(codec.capacity // suffix, suffix)))
+            parts.append((weight_row, size, *((0, 1) if level == 0 else (level + 1, -1)), column))
+            weight_row, column = weight_row + size, column + size
+            if level + 1 < codec.num_levels:
+                if level == 0:
+                    self.root_drives = column
+                    parts.append((weight_row, hidden_size, 0, -1, column))
+                    column += hidden_size
+                weight_row += hidden_size
+        self.root_columns = column
+        self.few_tiles, self.tiles = (
+            torch.tensor(_tiles(parts, height), dtype=torch.int32, device=self.weights.device)
+            for height in (FEW_TILE, TILE)
+        )
+
+    def _table(self, num_prefixes: int, suffix: int) -> Tensor | None:
+        if num_prefixes + 1 > max(MIN_TABLE, 2 * self.num_keys):
+            return None
+        lows = torch.arange(num_prefixes + 1, device=self.keys.device) * suffix
+        return torch.searchsorted(self.keys, lows, out_int32=True)
+
+    def search(self, work: Workspace, hidden_NSH: Tensor, requests_3N: Tensor, out: Tensor, width: int) -> None:
+        """Launch the search of N requests; ``out`` int32 [N, 2 + K · (1 + L)] gets what `select_beams` describes.
+
+        Args:
+            hidden_NSH: contiguous, of the weights' dtype.
+            requests_3N: int32, three rows: the beam width of each request, at most ``width``; 1 for stepwise validity,
+                0 for final; 1 for a request, 0 for a row that is to be left out.
+            width: K, a `width_bucket`.
+        """
+        num_requests = len(hidden_NSH)
+        rows = num_requests * width
+        widths_N, stepwise_N, counts_N = requests_3N.unbind()
+        parents = replace(work.beams[0], counts=counts_N)
+        self._request_products(work, hidden_NSH)
+        for index in range(len(self.levels)):
+            children = work.beams[1 + index % 2]
+            if index > 0:
+                self._beam_products(work, index, rows, width, parents)
+            self._select(work, index, num_requests, width, parents, children, widths_N, stepwise_N, out)
+            if index + 1 < len(self.levels):
+                self._states(work, index, rows, width, children)
+            parents = children
+
+    def _request_products(self, work: Workspace, hidden_NSH: Tensor) -> None:
+        num_requests, num_states, hidden_size = hidden_NSH.shape
+        few = num_requests <= FEW
+        tiles = self.few_tiles if few else self.tiles
+        arguments = (hidden_NSH, self.weights, tiles, work.by_request, num_requests, work.by_request.stride(0))
+        if few:
+            few_request_products[(len(tiles),)](
+                *arguments,
+                S=num_states,
+                H=hidden_size,
+                BLOCK_C=FEW_TILE,
+                BLOCK_H=triton.next_power_of_2(hidden_size),
+                **self.launch,
+                num_warps=8,
+            )
+            return
+        block = 16 if num_requests <= 16 else 32 if num_requests <= 32 else 64
+        request_products[(len(tiles), triton.cdiv(num_requests, block))](
+            *arguments,
+            S=num_states,
+            H=hidden_size,
+            BLOCK_N=block,
+            BLOCK_C=TILE,
+            BLOCK_H=128 if hidden_size % 128 == 0 else 64,
+            PRECISION=self.precision,
+            **self.launch,
+            num_warps=4,
+            num_stages=4,
+        )
+
+    def _beam_products(self, work: Workspace, index: int, rows: int, width: int, beams: _Beams) -> None:
+        level, last = self.levels[index], index + 1 == len(self.levels)
+        states, row_size = work.states[:rows], self.geometry(index, width).row_size
+        weights = self.weights[level.first_weight :][: level.size + (0 if last else self.hidden_size)]
+        if rows >= LIBRARY_ROWS and self.weights.dtype != torch.float32:
+            logits = work.logits.view(-1)[: rows * row_size].view(rows, row_size)[:, : level.size]
+            torch.mm(states, weights[: level.size].t(), out_dtype=torch.float32, out=logits)
+            if not last:
+                torch.mm(states, weights[level.size :].t(), out=work.drives[:rows])
+            return
+        block_m, block_c, block_h, warps, stages = self._blocks(rows, len(weights))
+        columns = [level.size] if last else [level.size, self.hidden_size]
+        programs = triton.cdiv(rows, block_m) * sum(triton.cdiv(count, block_c) for count in columns)
+        beam_products[(programs,)](
+            TensorDescriptor.from_tensor(states, [block_m, block_h]),
+            TensorDescriptor.from_tensor(weights, [block_c, block_h]),
+            work.logits,
+            work.drives,
+            beams.counts,
+            rows,
+            level.size,
+            row_size,
+            K=width,
+            H=self.hidden_size,
+            WITH_DRIVES=not last,
+            BLOCK_M=block_m,
+            BLOCK_C=block_c,
+            BLOCK_H=block_h,
+            GROUP=8,
+            PRECISION=self.precision,
+            **self.launch,
+            num_warps=warps,
+            num_stages=stages,
+        )
+
+    def _blocks(self, rows: int, columns: int) -> tuple[int, int, int, int, int]:
+        """Rows, columns and depth of a block of the matrix product, warps, stages: tuned on an H100."""
+        deep = 128 if self.hidden_size % 128 == 0 else 64
+        if self.weights.dtype == torch.float32:
+            return (16, 32, 32, 4, 3) if rows <= 64 else (64, 64, 32, 4, 3)
+        if rows <= 32:
+            return max(16, rows), 32, deep, 4, 4
+        if rows * columns <= 512 * 1024:
+            return 64, 64, deep, 4, 4
+        if rows * columns <= 512 * 4096:
+            return 64, 128, 64, 4, 4
+        return 128, 128, 64, 8, 3
+
+    def geometry(self, index: int, width: int) -> _Geometry:
+        parents = 1
+        for level in self.levels[:index]:
+            parents = min(width, parents * level.size)
+        size = self.levels[index].size
+        # selection looks at parents · size / fan² groups and then twice at width · fan others
+        ideal = (parents * size / width) ** (1 / 3)
+        fan = min(FANS, key=lambda fan: abs(math.log(fan / ideal)))
+        return _Geometry(parents, fan, triton.cdiv(size, fan * fan))
+
+    def _select(
+        self,
+        work: Workspace,
+        index: int,
+        num_requests: int,
+        width: int,
+        parents: _Beams,
+        children: _Beams,
+        widths_N: Tensor,
+        stepwise_N: Tensor,
+        out: Tensor,
+    ) -> None:
+        level, root = self.levels[index], index == 0
+        shape = self.geometry(index, width)
+        fan, groups = shape.fan, shape.groups
+        table = self.keys if level.table is None else level.table
+        block = max(fan * fan, triton.next_power_of_2(level.size))
+        logits = work.by_request[:, level.bias :] if root else work.logits
+        score_children[(num_requests if root else num_requests * width,)](
+            logits,
+            work.by_request[:, level.bias :],
+            parents.scores,
+            parents.prefixes,
+            parents.lows,
+            parents.highs,
+            stepwise_N,
+            parents.counts,
+            self.keys,
+            table,
+            work.logits,
+            work.maxima,
+            work.group_maxima,
+            work.by_request.stride(0) if root else shape.row_size,
+            work.by_request.stride(0),
+            level.size,
+            level.suffix,
+            groups,
+            K=width,
+            ROOT=root,
+            IN_TABLE=level.table is not None,
+            BLOCK=block,
+            FAN=fan,
+            **self.launch,
+            num_warps=min(8, max(1, block // 256)),
+        )
+        most_groups = shape.most_parents * groups
+        most_chunks = min(width, most_groups) * fan
+        sizes = [most_groups, most_chunks, min(width, most_chunks) * fan]
+        bounds = [max(32, triton.next_power_of_2(size)) for size in sizes]
+        select_beams[(num_requests,)](
+            work.logits,
+            work.maxima,
+            work.group_maxima,
+            work.chosen_groups,
+            work.chosen_chunks,
+            work.chosen,
+            work.values,
+            parents.counts,
+            parents.scores,
+            parents.prefixes,
+            parents.lows,
+            parents.highs,
+            parents.history,
+            children.counts,
+            children.scores,
+            children.prefixes,
+            children.lows,
+            children.highs,
+            children.history,
+            work.parents,
+            work.codes,
+            widths_N,
+            self.keys,
+            table,
+            out,
+            level.size,
+            level.suffix,
+            groups,
+            out.stride(0),
+            K=width,
+            L=len(self.levels),
+            LEVEL=index,
+            IN_TABLE=level.table is not None,
+            FAN=fan,
+            GROUPS=bounds[0],
+            CHUNKS=bounds[1],
+            CANDIDATES=bounds[2],
+            MOST=IN_ONE_GO,
+            **self.launch,
+            num_warps=min(16, max(4, max(bounds) // 256)),
+        )
+
+    def _states(self, work: Workspace, index: int, rows: int, width: int, beams: _Beams) -> None:
+        if index == 0:
+            drives, request_stride, parent_stride = work.by_request[:, self.root_drives :], work.by_request.stride(0), 0
+        else:
+            drives, request_stride, parent_stride = work.drives, width * self.hidden_size, self.hidden_size
+        context_states[(rows,)](
+            self.code_drives[index],
+            drives,
+            work.codes,
+            work.parents,
+            beams.counts,
+            work.states,
+            request_stride,
+            parent_stride,
+            K=width,
+            H=self.hidden_size,
+            BLOCK_H=min(2048, triton.next_power_of_2(self.hidden_size)),
+            **self.launch,
+            num_warps=4,
+        )
+
+
+def _tiles(parts: Sequence[tuple[int, int, int, int, int]], height: int) -> list[list[int]]:
+    """Parts of the weights (first row, rows, state, state added or -1, first column) in lines of ``height`` rows."""
+    return [
+        [row + start, min(height, rows - start), state, added, column + start]
+        for row, rows, state, added, column in parts
+        for start in range(0, rows, height)
+    ]

@@ -1,0 +1,269 @@
+"""The Triton kernels against the PyTorch reference: on the GPU if there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import key_sets
+
+from nezha_vllm import beam
+from nezha_vllm.draft_head import Beams, DraftHead, reference_beam_search
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no GPU; tests/test_interpreted.py runs these in Triton's interpreter", allow_module_level=True)
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from nezha_vllm.kernels.order import places, threshold  # noqa: E402
+
+from nezha_vllm import triton_search  # noqa: E402
+from nezha_vllm.triton_search import Plan, Workspace, width_bucket  # noqa: E402
+
+
+@triton.jit
+def keep_largest(values, count, wanted, places_out, kept_out, BLOCK: tl.constexpr, ONE: tl.constexpr):
+    bound, ties, kept = threshold(values, count, wanted, BLOCK, ONE)
+    tl.store(kept_out, kept)
+    above = tl.full([], 0, tl.int32)
+    tied = tl.full([], 0, tl.int32)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        bits = tl.load(values + at, mask=at < count, other=float("-inf")).to(tl.int32, bitcast=True)
+        keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        keep, place, above, tied = places(keys, bound, ties, above, tied, ONE)
+        tl.store(places_out + at, tl.where(keep, place, -1), mask=at < count)
+
+
+TOLERANCE = 1e-4
+
+
+@dataclass
+class Case:
+    head: DraftHead
+    keys_M: torch.Tensor
+    hidden_NSH: torch.Tensor
+    widths: list[int]
+    stepwise: list[bool]
+
+    def reference(self) -> Beams:
+        widths_N = torch.tensor(self.widths, device=DEVICE)
+        stepwise_N = torch.tensor(self.stepwise, device=DEVICE)
+        return reference_beam_search(self.head, self.hidden_NSH, self.keys_M, widths_N, stepwise_N)
+
+    def search(self, left_out: int = 0) -> Beams:
+        """Through the kernels; ``left_out`` rows at the end belong to no request."""
+        plan, bucket, count = Plan(self.head, self.keys_M), width_bucket(max(self.widths)), len(self.widths)
+        rows = [self.widths, [int(flag) for flag in self.stepwise], [1] * (count - left_out) + [0] * left_out]
+        requests_3N = torch.tensor(rows, dtype=torch.int32, device=DEVICE)
+        out = torch.full((count, 2 + bucket * (1 + self.head.num_levels)), 123456, dtype=torch.int32, device=DEVICE)
+        plan.search(Workspace(plan, count * bucket, count), self.hidden_NSH, requests_3N, out, bucket)
+        assert not (out == 123456).any(), "every word of the answer is written"
+        return beam.beams_of(out, self.head.num_levels, bucket)
+
+
+def make(
+    sizes: tuple[int, ...],
+    keys: int | np.ndarray,
+    widths: list[int],
+    stepwise: list[bool],
+    *,
+    hidden: int = 64,
+    kind: str = "random",
+    seed: int = 0,
+) -> Case:
+    torch.manual_seed(seed)
+    head = DraftHead(hidden, sizes).requires_grad_(False).to(DEVICE)
+    for parameter in head.parameters():
+        parameter.normal_(std=0 if kind == "flat" else hidden**-0.5)
+    for table in head.code_embeddings:
+        table.weight.mul_(hidden**0.5)
+    if kind == "twins":  # neighbouring codes cannot be told apart
+        for table in [*head.logit_heads, *head.code_embeddings]:
+            table.weight.copy_(table.weight[torch.arange(len(table.weight), device=DEVICE) // 2 * 2])
+    if isinstance(keys, int):
+        keys = np.unique(np.random.default_rng(seed).integers(0, math.prod(sizes), keys))
+    states = 2 * torch.randn(len(widths), len(sizes) + 1, hidden, device=DEVICE)
+    return Case(head, torch.from_numpy(keys).to(DEVICE), states, widths, stepwise)
+
+
+def assert_same(found: Beams, expected: Beams, tolerance: float = TOLERANCE) -> None:
+    """Counts and scores rank by rank; items too, wherever the scores around are further apart than the tolerance."""
+    assert found.valid_N.tolist() == expected.valid_N.tolist()
+    assert found.drafted_N.tolist() == expected.drafted_N.tolist()
+    for request, valid in enumerate(expected.valid_N.tolist()):
+        assert (found.index_NK[request, valid:] == -1).all()
+        scores, others = found.scores_NK[request, :valid], expected.scores_NK[request, :valid]
+        assert torch.allclose(scores, others, atol=tolerance, rtol=0)
+        items, reference = found.index_NK[request, :valid].tolist(), expected.index_NK[request, :valid].tolist()
+        assert len(set(items)) == valid
+        place = {item: rank for rank, item in enumerate(reference)}
+        for rank, item in enumerate(items):
+            score = float(others[place[item]]) if item in place else float(others[-1])
+            assert abs(score - float(others[rank])) <= 2 * tolerance, f"request {request}, rank {rank}: item {item}"
+
+
+SHAPES = [
+    ((16, 24, 32), 1000, [10, 5], [True, True]),
+    ((16, 24, 32), 1000, [10, 50, 1], [True, False, True]),
+    ((7, 13, 5, 3), 300, [64, 2], [True, False]),
+    # weird shapes: one level, one code, one key, wider than the catalogue, sizes that are no powers of two, 8 levels
+    ((50,), 20, [3, 100], [True, False]),
+    ((1, 5, 1), 4, [2, 16], [True, True]),
+    ((64, 64), 1, [10], [True]),
+    ((3, 4), 12, [512], [True]),
+    ((300, 33, 100), 5000, [40, 1, 17], [True, False, True]),
+    ((2, 3, 2, 3, 2, 3, 2, 3), 900, [30, 100], [True, False]),
+    ((5, 2000, 3), 800, [33], [True]),
+]
+
+
+@pytest.mark.parametrize(("sizes", "keys", "widths", "stepwise"), SHAPES, ids=str)
+def test_kernels_equal_the_reference(sizes, keys, widths, stepwise):
+    case = make(sizes, keys, widths, stepwise)
+    assert_same(case.search(), case.reference())
+
+
+@pytest.mark.parametrize("kind", ["flat", "twins"])
+@pytest.mark.parametrize("sizes", [(7, 13, 5), (16, 16)])
+def test_equal_scores_come_in_order_of_semantic_id(kind, sizes):
+    case = make(sizes, 120, [20, 7, 90], [True, False, True], kind=kind)
+    found, expected = case.search(), case.reference()
+    assert torch.equal(found.index_NK[:, : expected.index_NK.shape[1]], expected.index_NK)
+
+
+def test_binary_search_and_prefix_tables_agree(monkeypatch):
+    case = make((16, 24, 32), 700, [60, 20], [True, False])
+    with_tables = case.search()
+    monkeypatch.setattr(triton_search.Plan, "_table", lambda *_: None)
+    without = case.search()
+    assert torch.equal(with_tables.index_NK, without.index_NK)
+    assert torch.equal(with_tables.scores_NK, without.scores_NK)
+
+
+def test_selection_in_several_blocks_picks_the_same(monkeypatch):
+    case = make((16, 24, 32), 3000, [60, 20], [True, False])
+    at_once = case.search()
+    monkeypatch.setattr(triton_search, "IN_ONE_GO", 32)
+    in_blocks = case.search()
+    assert torch.equal(at_once.index_NK, in_blocks.index_NK)
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 17])
+def test_a_request_in_a_batch_gets_what_it_gets_alone(count):
+    """Batches of up to 4 take another matrix product than larger ones."""
+    together = make((16, 24, 32), 1000, [20] * count, [True] * count)
+    expected = together.search()
+    for row in {0, count - 1}:
+        alone = Case(together.head, together.keys_M, together.hidden_NSH[row : row + 1], [20], [True]).search()
+        assert torch.allclose(alone.scores_NK[0], expected.scores_NK[row], atol=TOLERANCE)
+
+
+def test_rows_left_out_get_nothing():
+    case = make((16, 24), 100, [10, 10, 10], [True, True, True])
+    found, expected = case.search(left_out=1), case.search()
+    assert found.valid_N.tolist() == [10, 10, 0]
+    assert torch.equal(found.index_NK[:2], expected.index_NK[:2])
+
+
+def test_a_request_without_numbers_gets_nothing_and_disturbs_nobody():
+    case = make((16, 24), 100, [10, 10, 10], [True, True, False])
+    expected = case.search()
+    case.hidden_NSH[1] = torch.nan
+    found = case.search()
+    assert found.valid_N[1] == 0
+    for request in (0, 2):
+        assert torch.equal(found.index_NK[request], expected.index_NK[request])
+
+
+@settings(max_examples=3 if GPU else 12)  # every shape is compiled on a GPU: seconds each
+@given(st.data())
+def test_any_small_search_equals_the_reference(data):
+    sizes = tuple(data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4)))
+    widths = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=3))
+    stepwise = data.draw(st.lists(st.booleans(), min_size=len(widths), max_size=len(widths)))
+    kind = data.draw(st.sampled_from(["random", "flat", "twins"]))
+    case = make(sizes, data.draw(key_sets(sizes, 500)), widths, stepwise, kind=kind, seed=data.draw(st.integers(0, 99)))
+    assert_same(case.search(), case.reference())
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.sampled_from([-np.inf, -3.5, -3.0, -1.0, 0.0, 2.0, 1e30]) | st.floats(-9, 0, width=32), max_size=150),
+    st.integers(1, 40),
+    st.booleans(),
+)
+def test_threshold_keeps_the_largest_and_the_first_of_equals(values, wanted, at_once):
+    if not values:
+        return
+    array = np.asarray(values, np.float32) + 0.0
+    count = len(array)
+    block = triton.next_power_of_2(max(count, 16)) if at_once else 16
+    tensor = torch.from_numpy(array).to(DEVICE)
+    found = torch.full((count,), -9, dtype=torch.int32, device=DEVICE)
+    kept = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    keep_largest[(1,)](tensor, count, wanted, found, kept, BLOCK=block, ONE=at_once)
+    best = [at for at in np.argsort(-array, kind="stable")[:wanted] if np.isfinite(array[at])]
+    expected = np.full(count, -1)
+    expected[sorted(best)] = np.arange(len(best))
+    assert found.tolist() == expected.tolist()
+    assert int(kept) == len(best)
+
+
+def test_the_door_takes_the_kernels_and_cuts_large_batches(monkeypatch):
+    case = make((16, 24, 32), 1000, [20, 3, 9, 20, 1], [True, False, True, True, True])
+    search = beam.BeamSearch(case.head, case.keys_M)
+    assert search.plan is not None
+    monkeypatch.setattr(triton_search, "MAX_ROWS", 64)  # two requests a launch
+    assert_same(search(case.hidden_NSH, case.widths, case.stepwise), case.reference())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("sizes", "keys", "widths", "hidden"),
+    [
+        ((512, 512, 512), 57_288, [512, 10, 50], 2048),
+        ((512, 512, 512), 57_288, [4096, 300], 256),
+        ((8192, 8192, 8192, 8192), 1_500_000, [64, 512], 128),
+        ((16_384, 7), 30_000, [4096], 64),
+        ((512, 512, 512), 57_288, [50] * 256, 1024),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_shapes(sizes, keys, widths, hidden, dtype):
+    """float32 equals the reference; bfloat16 keeps nearly all of the ten best of the same weights in float32."""
+    case = make(sizes, keys, widths, [True] * len(widths), hidden=hidden)
+    case.head, case.hidden_NSH = case.head.to(dtype), case.hidden_NSH.to(dtype)
+    found = case.search()
+    case.head, case.hidden_NSH = case.head.float(), case.hidden_NSH.float()
+    search = beam.BeamSearch(case.head, case.keys_M)
+    search.plan, search.code_drives = None, case.head.code_drives()
+    expected = search(case.hidden_NSH, widths, case.stepwise)
+    if dtype == torch.float32:
+        assert_same(found, expected)
+        return
+    shared = [
+        len(set(found.index_NK[n, :10].tolist()) & set(expected.index_NK[n, :10].tolist())) / min(10, width)
+        for n, width in enumerate(widths)
+    ]
+    print(f"\n{sizes}: {np.mean(shared):.3f} of the ten best shared")
+    assert np.mean(shared) > 0.85
+    assert torch.allclose(found.scores_NK[:, 0], expected.scores_NK[:, 0], atol=0.1)
+
+
+@pytest.mark.gpu
+def test_a_hundred_million_items():
+    keys = torch.randint(0, 512**3, (160_000_000,), device="cuda").unique()[:-1]
+    assert len(keys) > 90_000_000
+    case = make((512, 512, 512), 1, [512], [True], hidden=256)
+    case.keys_M = keys
+    assert_same(case.search(), case.reference())
