@@ -14,6 +14,7 @@ from rich.console import Console
 
 from nezha_vllm import cli, server
 from nezha_vllm.cli import steps
+from nezha_vllm.cli.serve import serving_defaults
 from nezha_vllm.cli.titles import ranking
 from nezha_vllm.client import Item, prompt
 
@@ -46,6 +47,42 @@ def test_unknown_arguments_are_refused_unless_the_verb_passes_them_on(capsys: py
     assert "--dtype float32" in capsys.readouterr().err
     known, more = cli.build_parser().parse_known_args(["serve", "folder", "--port", "9", "--dtype", "float32"])
     assert (known.checkpoint, known.port, more) == ("folder", 9, ["--dtype", "float32"])
+
+
+LOG, COUNT = "--disable-uvicorn-access-log", "--api-server-count"
+
+
+@pytest.mark.parametrize(
+    ("given", "cores", "gpu", "expected"),
+    [
+        ([], 16, True, [LOG, COUNT, "4"]),
+        ([], 64, True, [LOG, COUNT, "4"]),
+        ([], 8, True, [LOG, COUNT, "2"]),
+        ([], 6, True, [LOG]),
+        ([], 16, False, [LOG]),
+        (["--data-parallel-size=2"], 16, True, [LOG]),
+        (["-dp", "2"], 16, True, [LOG]),
+        (["--config", "server.yaml"], 16, True, []),
+    ],
+    ids=str,
+)
+def test_serve_starts_api_processes_for_the_machine_and_no_access_log(
+    given: list[str], cores: int, gpu: bool, expected: list[str]
+) -> None:
+    assert serving_defaults(given, cores, gpu) == expected
+
+
+def test_arguments_of_the_user_win_over_those_of_serve() -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    ours = serving_defaults([], 16, True)
+    found = parser.parse_args(ours)
+    assert (found.api_server_count, found.disable_uvicorn_access_log) == (4, True)
+    for theirs in (["--api-server-count", "1"], ["--api_server_count=1"], ["-asc", "1"]):
+        assert parser.parse_args([*ours, *theirs]).api_server_count == 1
+    assert not parser.parse_args([*ours, "--no-disable-uvicorn-access-log"]).disable_uvicorn_access_log
 
 
 def test_serve_refuses_a_folder_that_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,11 +4,13 @@
   nezha serve demo/checkpoint --port 8080 --dtype float32 --max-num-seqs 64
 
 Arguments that are not listed here go to vLLM as they are, if they stand behind CHECKPOINT: see `vllm serve --help`.
+Two of vLLM's defaults are changed, unless you set them: no access log, and with a GPU several API processes.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 SUMMARY = "checkpoint -> a server that answers OpenAI completions with items"
 
@@ -20,8 +22,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(passes_arguments_on=True)
 
 
+def serving_defaults(arguments: Sequence[str], cores: int, has_gpu: bool) -> list[str]:
+    """Arguments that suit short requests, to stand before the user's, which win.
+
+    An access log is 0.1 ms a request. An API process answers about 1,000 requests a second, a GPU computes more: one
+    process for four cores, four at most. On a CPU the engine needs the cores. A configuration file and data parallelism
+    have counts of their own.
+    """
+    names = [argument.replace("_", "-").split("=", 1)[0] for argument in arguments]
+    if "--config" in names:
+        return []
+    count = min(4, cores // 4) if has_gpu else 1
+    own_count = any(name.startswith(("--data-parallel", "-dp", "--headless")) for name in names)
+    return ["--disable-uvicorn-access-log"] + (
+        ["--api-server-count", str(count)] if count > 1 and not own_count else []
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
+    import os
     import signal
+    from pathlib import Path
 
     from nezha_vllm.cli.checks import check_checkpoint, check_port_is_free
     from nezha_vllm.server import Server, ServerError
@@ -29,8 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_checkpoint(arguments.checkpoint)
     check_port_is_free(arguments.host, arguments.port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    cores, has_gpu = len(os.sched_getaffinity(0)), Path("/dev/nvidiactl").exists()
+    more = [*serving_defaults(arguments.more, cores, has_gpu), *arguments.more]
     try:
-        with Server(arguments.checkpoint, arguments.port, arguments.host, arguments.more) as server:
+        with Server(arguments.checkpoint, arguments.port, arguments.host, more) as server:
             seconds = server.wait_until_ready()
             print(
                 f"\nready after {seconds:.0f} s at {server.url}/v1. In another terminal:\n"
