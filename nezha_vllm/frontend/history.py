@@ -50,12 +50,15 @@ class HistoryEncoder:
             return None
         items = [part[len(ITEM) :] for part in parts if part.startswith(ITEM)]
         try:
-            codes = (self.service.catalogue.codes[self.service.catalogue.rows(items)] + self._offsets).tolist()
-            rows = iter(codes)
-            spans = [next(rows) if part.startswith(ITEM) else [self._codes[part]] for part in parts]
+            codes = self.service.catalogue.codes[self.service.catalogue.rows(items)] + self._offsets
+            if len(items) == len(parts):
+                token_ids = [*self.prefix, *codes.ravel().tolist()]
+            else:
+                rows = iter(codes.tolist())
+                spans = [next(rows) if part.startswith(ITEM) else [self._codes[part]] for part in parts]
+                token_ids = [*self.prefix, *(token_id for span in spans for token_id in span)]
         except (UnknownItemError, KeyError):
             return None
-        token_ids = [*self.prefix, *(token_id for span in spans for token_id in span)]
         return token_ids if len(token_ids) <= self.service.max_prompt_tokens else None
 
     def text(self, token_ids: list[int]) -> str:
