@@ -15,18 +15,17 @@ from .validity import child_range
 
 
 @triton.jit
-def position(chosen, at, keep, FAN: tl.constexpr, TOP: tl.constexpr):
-    """Where the ``at``-th value looked at stands: below the ``at // FAN``-th chosen, or at the TOP where it is."""
-    return at if TOP else tl.load(chosen + at // FAN, mask=keep, other=0) * FAN + at % FAN
+def position(chosen, at, exists, stage, FAN: tl.constexpr):
+    """Where the ``at``-th value looked at stands: itself at first, then below the ``at // FAN``-th of those chosen."""
+    below = tl.load(chosen + at // FAN, mask=exists & (stage > 0), other=0) * FAN + at % FAN
+    return tl.where(stage > 0, below, at)
 
 
 @triton.jit
-def pick(
-    values, count, width, above, chosen, FAN: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr
-):
+def pick(values, count, width, above, chosen, stage, FAN: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr):
     """Positions of the ``width`` best of values[:count] into ``chosen``, ascending; returns how many there are.
 
-    ``above`` are the positions chosen one step before, each of which brought FAN values.
+    ``above`` are the positions chosen one stage before, each of which brought FAN values.
     """
     bound, ties, kept = threshold(values, count, width, BLOCK, ONE)
     above_before = tl.full([], 0, tl.int32)
@@ -35,81 +34,72 @@ def pick(
         keys = ordered_at(values, start, count, BLOCK)
         keep, place, above_before, tied_before = places(keys, bound, ties, above_before, tied_before, ONE)
         at = start + tl.arange(0, BLOCK)
-        tl.store(chosen + place, position(above, at, keep, FAN, TOP), mask=keep)
+        tl.store(chosen + place, position(above, at, keep, stage, FAN), mask=keep)
     tl.debug_barrier()
     return kept
 
 
 @triton.jit
-def gather_maxima(maxima, chosen, kept, values, FAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Maxima of the chunks in the chosen groups into ``values``."""
-    for start in range(0, kept * FAN, BLOCK):
+def gather(source, scores, chosen, count, values, row_size, stage, FAN: tl.constexpr, BLOCK: tl.constexpr):
+    """What is below the chosen into ``values``: maxima of chunks at stage 1, scores of candidates at stage 2."""
+    for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        exists = at < kept * FAN
-        chunk = position(chosen, at, exists, FAN, False)
-        tl.store(values + at, tl.load(maxima + chunk, mask=exists, other=float("-inf")), mask=exists)
-    tl.debug_barrier()
-
-
-@triton.jit
-def gather_scores(log_probs, scores, chosen, kept, values, row_size, FAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Scores of the candidates in the chosen chunks into ``values``."""
-    for start in range(0, kept * FAN, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        exists = at < kept * FAN
-        candidate = position(chosen, at, exists, FAN, False)
-        log_p = tl.load(log_probs + candidate, mask=exists, other=float("-inf"))
-        score = tl.load(scores + candidate // row_size, mask=exists, other=0.0)
-        tl.store(values + at, log_p + score, mask=exists)
+        exists = at < count
+        place = position(chosen, at, exists, stage, FAN)
+        value = tl.load(source + place, mask=exists, other=float("-inf"))
+        value += tl.load(scores + place // row_size, mask=exists & (stage == 2), other=0.0)
+        tl.store(values + at, value, mask=exists)
     tl.debug_barrier()
 
 
 @triton.jit
 def select_beams(
-    log_probs, maxima, group_maxima, chosen_groups, chosen_chunks, chosen, values,
+    log_probs, maxima, group_maxima, chosen, values,
     counts, scores, prefixes, lows, highs, history,
     new_counts, new_scores, new_prefixes, new_lows, new_highs, new_history, parents, codes,
     widths, keys, table, out,
-    size, suffix, groups, out_stride,
+    size, suffix, groups, rows, out_stride,
     K: tl.constexpr, L: tl.constexpr, LEVEL: tl.constexpr, IN_TABLE: tl.constexpr, FAN: tl.constexpr,
-    GROUPS: tl.constexpr, CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr, MOST: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, ONE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program a request: from the candidates of level LEVEL (from 0) to its beams, or to the answer.
 
     Beams are rows [N · K] of counts [N], scores, prefixes, lows and highs (the keys below a prefix), history [N · K, L]
     (log p of each level so far); ``new_*`` are those of the children, with their parents and codes. widths int32 [N].
-    GROUPS, CHUNKS, CANDIDATES bound what a request can have of each, powers of two; MOST is how many of them a program
-    looks at in one go. ``values`` is scratch, float32 [N · K · FAN].
+    BLOCK values are looked at in one go; ONE says that there are never more. ``chosen`` int32 [4, rows] and ``values``
+    float32 [N · K · FAN] are scratch.
     At the last level ``out`` int32 [N, 2 + K · (1 + L)] gets how many beams are items, how many were finished, and
     best first each beam's index among the keys (-1 where there is none) and the bits of its log-probabilities.
     """
     begin(OVERLAP)
-    GROUP_BLOCK: tl.constexpr = GROUPS if GROUPS < MOST else MOST
-    CHUNK_BLOCK: tl.constexpr = CHUNKS if CHUNKS < MOST else MOST
-    BLOCK: tl.constexpr = CANDIDATES if CANDIDATES < MOST else MOST
     request = tl.program_id(0)
     first = request.to(tl.int64) * K
     width = tl.minimum(tl.load(widths + request), K)
     row_size = groups * (FAN * FAN)
     log_probs += first * row_size
     values += first * FAN
-    num_groups = tl.load(counts + request) * groups
+    chosen += first
 
-    kept = pick(
-        group_maxima + first * groups, num_groups, width, chosen, chosen_groups + first,
-        FAN, True, GROUP_BLOCK, GROUPS <= MOST,
-    )  # fmt: skip
-    gather_maxima(maxima + first * groups * FAN, chosen_groups + first, kept, values, FAN, CHUNK_BLOCK)
-    kept = pick(
-        values, kept * FAN, width, chosen_groups + first, chosen_chunks + first, FAN, False, CHUNK_BLOCK, CHUNKS <= MOST
-    )
-    gather_scores(log_probs, scores + first, chosen_chunks + first, kept, values, row_size, FAN, BLOCK)
-    kept = pick(values, kept * FAN, width, chosen_chunks + first, chosen + first, FAN, False, BLOCK, CANDIDATES <= MOST)
+    kept = tl.load(counts + request)
+    count = kept * groups
+    # A loop, not three calls: a program runs through its code once, and fetching it is a large part of the time.
+    for stage in range(3):
+        looked_at = values
+        if stage == 0:
+            looked_at = group_maxima + first * groups
+        else:
+            source = log_probs
+            if stage == 1:
+                source = maxima + first * groups * FAN
+            gather(source, scores + first, chosen, count, values, row_size, stage, FAN, BLOCK)
+        kept = pick(looked_at, count, width, chosen, chosen + rows, stage, FAN, BLOCK, ONE)
+        chosen += rows
+        count = kept * FAN
     tl.store(new_counts + request, kept)
 
     beam = tl.arange(0, K)
     alive = beam < kept
-    candidate = tl.load(chosen + first + beam, mask=alive, other=0)
+    candidate = tl.load(chosen + beam, mask=alive, other=0)
     parent = first + candidate // row_size
     code = candidate % row_size
     log_p = tl.load(log_probs + candidate, mask=alive, other=0.0)

@@ -11,6 +11,7 @@ vLLM passes one array pair a request through its logprobs channel without lookin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +33,51 @@ def pack(beams: Beams, width: int) -> Payload:
     index_NC = beams.index_NK[:, :width]
     token_ids = torch.cat([beams.drafted_N[:, None], index_NC], dim=1).int()
     return Payload(token_ids, beams.log_probs_NKL[:, :width].flatten(1).float(), beams.valid_N.long())
+
+
+class HostPayload(NamedTuple):
+    """The same on the host, where a step's launches end up."""
+
+    token_ids: np.ndarray
+    log_probs: np.ndarray
+    ranks: np.ndarray
+
+
+def gather(
+    parts: Sequence[tuple[Sequence[int], np.ndarray]], num_requests: int, width: int, levels: int
+) -> HostPayload:
+    """Payload of a step from the kernels' answers, int32 [rows, 2 + K · (1 + L)] each, and the rows they stand for.
+
+    Everything is copied: the answers lie in memory that later steps use again.
+    """
+    token_ids = np.full((num_requests, 1 + width), -1, np.int32)
+    token_ids[:, 0] = 0
+    log_probs = np.zeros((num_requests, width, levels), np.float32)
+    ranks = np.zeros(num_requests, np.int64)
+    for rows, answer in parts:
+        beams = answer[:, 2:].reshape(len(answer), -1, 1 + levels)[:, :width]
+        kept = beams.shape[1]
+        ranks[rows], token_ids[rows, 0] = answer[:, 0], answer[:, 1]
+        token_ids[rows, 1 : 1 + kept] = beams[..., 0]
+        log_probs[rows, :kept] = beams[..., 1:].view(np.float32)
+    return HostPayload(token_ids, log_probs.reshape(num_requests, -1), ranks)
+
+
+def on_device(parts: Sequence[tuple[Sequence[int], Tensor]], num_requests: int, width: int, levels: int) -> Payload:
+    """`gather` where the answers are: for runners that bring the payload to the host themselves."""
+    device = parts[0][1].device
+    token_ids = torch.full((num_requests, 1 + width), -1, dtype=torch.int32, device=device)
+    token_ids[:, 0] = 0
+    log_probs = torch.zeros(num_requests, width, levels, device=device)
+    ranks = torch.zeros(num_requests, dtype=torch.long, device=device)
+    for rows, answer in parts:
+        target = torch.tensor(rows, device=device)
+        beams = answer[:, 2:].view(len(answer), -1, 1 + levels)[:, :width]
+        kept = beams.shape[1]
+        ranks[target] = answer[:, 0].long()
+        token_ids[target, : 1 + kept] = torch.cat([answer[:, 1:2], beams[..., 0]], dim=1)
+        log_probs[target, :kept] = beams[..., 1:].contiguous().view(torch.float32)
+    return Payload(token_ids, log_probs.flatten(1), ranks)
 
 
 def empty(num_requests: int, device: torch.device) -> Payload:

@@ -65,9 +65,8 @@ class Workspace:
         self.maxima = buffer((rows, max(shape.groups * shape.fan for shape in extents)))
         self.group_maxima = buffer((rows, max(shape.groups for shape in extents)))
         self.values = buffer((rows * fan,))
-        self.chosen_groups, self.chosen_chunks, self.chosen, self.parents, self.codes = (
-            buffer((rows,), torch.int32) for _ in range(5)
-        )
+        self.chosen = buffer((4, rows), torch.int32)
+        self.parents, self.codes = buffer((rows,), torch.int32), buffer((rows,), torch.int32)
         self.beams = [
             _Beams(
                 buffer((requests,), torch.int32),
@@ -215,7 +214,7 @@ class Plan:
             H=hidden_size,
             BLOCK_N=block,
             BLOCK_C=TILE,
-            BLOCK_H=128 if hidden_size % 128 == 0 else 64,
+            BLOCK_H=32 if self.weights.dtype == torch.float32 else 128 if hidden_size % 128 == 0 else 64,
             PRECISION=self.precision,
             **self.launch,
             num_warps=4,
@@ -328,13 +327,12 @@ class Plan:
         most_groups = shape.most_parents * groups
         most_chunks = min(width, most_groups) * fan
         sizes = [most_groups, most_chunks, min(width, most_chunks) * fan]
-        bounds = [max(32, triton.next_power_of_2(size)) for size in sizes]
+        most = max(32, triton.next_power_of_2(max(sizes)))
+        block = min(most, IN_ONE_GO)
         select_beams[(num_requests,)](
             work.logits,
             work.maxima,
             work.group_maxima,
-            work.chosen_groups,
-            work.chosen_chunks,
             work.chosen,
             work.values,
             parents.counts,
@@ -358,18 +356,17 @@ class Plan:
             level.size,
             level.suffix,
             groups,
+            work.chosen.shape[1],
             out.stride(0),
             K=width,
             L=len(self.levels),
             LEVEL=index,
             IN_TABLE=level.table is not None,
             FAN=fan,
-            GROUPS=bounds[0],
-            CHUNKS=bounds[1],
-            CANDIDATES=bounds[2],
-            MOST=IN_ONE_GO,
+            BLOCK=block,
+            ONE=block == most,
             **self.launch,
-            num_warps=min(16, max(4, max(bounds) // 256)),
+            num_warps=min(16, max(4, block // 256)),
         )
 
     def _states(self, work: Workspace, index: int, rows: int, width: int, beams: _Beams) -> None:

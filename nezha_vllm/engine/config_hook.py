@@ -18,6 +18,9 @@ SUPPORTED = (Version("0.26"), Version("0.34"))
 SCHEDULER = "nezha_vllm.engine.scheduler.make_scheduler"
 CPU_WORKER = "nezha_vllm.engine.cpu_worker.NezhaCPUWorker"
 GPU_WORKER = "nezha_vllm.engine.gpu_worker.NezhaGPUWorker"
+MAX_REQUESTS = 256  # requests a step: more only make each of them wait longer
+GRAPH_SIZES = (*range(8, 256, 8), *range(256, 512, 16), *range(512, 1024, 64), *range(1024, 4097, 256))  # tokens
+SPLITS_OF_VLLM = 32
 SPARE_TOKENS = 1024  # blocks are rounded up, and one is never handed out
 
 
@@ -46,6 +49,8 @@ class NezhaConfigHook:
         refuse_unsupported(vllm_config)
         if current_platform.is_cpu():
             set_cpu_defaults(vllm_config)
+        elif current_platform.is_cuda():
+            set_gpu_defaults(vllm_config)
         parallel = vllm_config.parallel_config
         worker = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
         if parallel.worker_cls not in ("auto", worker):
@@ -115,6 +120,29 @@ def set_cpu_defaults(vllm_config: VllmConfig) -> None:
         values_a_token = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
         longest = (model.max_model_len + SPARE_TOKENS) * values_a_token * model.dtype.itemsize
         cache.kv_cache_memory_bytes = max(1 << 30, longest)
+
+
+def set_gpu_defaults(vllm_config: VllmConfig) -> None:
+    """Where the user has set nothing: whole prefills as CUDA graphs, and steps that do not wait for the next one."""
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
+    scheduler.max_num_seqs = min(scheduler.max_num_seqs, MAX_REQUESTS)
+    if scheduler.async_scheduling is None:
+        # with it, the engine sleeps 1 ms behind a request that comes alone
+        scheduler.async_scheduling = False
+    # FlashAttention 3 can be captured whatever the lengths; elsewhere vLLM would turn full graphs off for prefills
+    hopper = current_platform.is_device_capability(90)
+    if hopper and compilation.cudagraph_mode is None and not vllm_config.model_config.enforce_eager:
+        compilation.cudagraph_mode = CUDAGraphMode.FULL
+        if compilation.cudagraph_capture_sizes is None:
+            most = scheduler.max_num_batched_tokens
+            compilation.cudagraph_capture_sizes = [size for size in GRAPH_SIZES if size <= most]
+        attention = vllm_config.attention_config
+        if attention.flash_attn_max_num_splits_for_cuda_graph == SPLITS_OF_VLLM:
+            # a prefill fills the GPU without splitting its context, and saves the kernels that combine the parts
+            attention.flash_attn_max_num_splits_for_cuda_graph = 1
 
 
 def keep_prompt_tail_whole(vllm_config: VllmConfig) -> None:

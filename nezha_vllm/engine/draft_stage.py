@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from nezha_vllm.beam import BeamSearch
 from nezha_vllm.catalogue import load_keys
 from nezha_vllm.draft_head import DraftHead
 from nezha_vllm.engine.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from nezha_vllm.engine.draft_graphs import DraftGraphs
 
 REQUEST_KEY = "nezha"
 
@@ -44,6 +47,12 @@ class DraftStage:
         assert codec.codebook_sizes == head.codebook_sizes, "the config hook compares them at start-up"
         self.num_states = head.num_levels + 1
         self.beam_search = BeamSearch(head, torch.from_numpy(keys).to(head.logit_heads[0].weight.device))
+        self.graphs: DraftGraphs | None = None
+        if self.beam_search.plan is not None and head.logit_heads[0].weight.is_cuda:
+            from nezha_vllm.engine.draft_graphs import DraftGraphs
+
+            most = vllm_config.scheduler_config.max_num_seqs
+            self.graphs = DraftGraphs(self.beam_search.plan, most, settings.max_beam_width)
 
     def widen(self, last_N: Tensor) -> Tensor:
         """Rows of the L + 1 states of each request from the row of its last token, [N] → [N · (L + 1)]."""
@@ -61,6 +70,10 @@ class DraftStage:
         rows = [row for row, search in enumerate(searches) if search is not None]
         if not rows:
             return payload.empty(num_requests, states.device)
+        if self.graphs is not None:
+            last_rows = [self.num_states * (row + 1) - 1 for row in range(num_requests)]
+            parts = [(rows, beams.clone()) for rows, beams in self._launches(states, last_rows, searches)]
+            return payload.on_device(parts, num_requests, self._width(searches), self.num_states - 1)
         active = [search for search in searches if search is not None]
         hidden_NSH = states.view(num_requests, self.num_states, -1)
         if len(rows) < num_requests:
@@ -71,6 +84,54 @@ class DraftStage:
             return packed
         target = torch.tensor(rows, device=states.device)
         return payload.Payload(*(_scatter(tensor, target, num_requests) for tensor in packed))
+
+    def run(self, states: Tensor, last_rows: Sequence[int], searches: Sequence[Search | None]) -> Pending:
+        """The same, on its way to the host: enqueues everything on the current stream and waits for nothing.
+
+        Args:
+            states: [R, H], hidden states of the step's tokens.
+            last_rows: row of each request's last token.
+        """
+        assert self.graphs is not None, "only a GPU runs ahead of the host"
+        parts, start = [], 0
+        for rows, beams in self._launches(states, last_rows, searches):
+            parts.append((rows, self.graphs.to_host(beams, start)))
+            start += beams.numel()
+        event = torch.cuda.Event()
+        event.record()
+        return Pending(event, parts, len(searches), self._width(searches), self.num_states - 1)
+
+    def _launches(
+        self, states: Tensor, last_rows: Sequence[int], searches: Sequence[Search | None]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Rows of the searches that are there and their beams, launch after launch."""
+        assert self.graphs is not None
+        there = [row for row, search in enumerate(searches) if search is not None]
+        active = [search for search in searches if search is not None]
+        launches = self.graphs.launches([search.beam_width for search in active])
+        options = [(search.beam_width, int(search.stepwise)) for search in active]
+        self.graphs.stage(launches, [int(last_rows[row]) for row in there], options)
+        for launch in launches:
+            yield [there[row] for row in launch.rows], self.graphs.run(launch, states)
+
+    def _width(self, searches: Sequence[Search | None]) -> int:
+        return max((search.num_ids for search in searches if search is not None), default=0)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Beams of one step; ``event`` is behind their copy to the host."""
+
+    event: torch.cuda.Event
+    parts: list[tuple[list[int], Tensor]]
+    num_requests: int
+    width: int
+    num_levels: int
+
+    def payload(self) -> payload.HostPayload:
+        """To be called behind the event and before the fourth step after this one."""
+        answers = [(rows, beams.numpy()) for rows, beams in self.parts]
+        return payload.gather(answers, self.num_requests, self.width, self.num_levels)
 
 
 def _scatter(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:

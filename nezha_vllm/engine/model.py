@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.platforms import current_platform
 
 from nezha_vllm.draft_head import DraftHead
 
@@ -19,8 +20,9 @@ class _WithDraftHead(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vllm_config.model_config.hf_config
-        # float32 whatever the backbone's dtype: the head is small and its scores decide the order of items
-        self.draft_head = DraftHead(config.hidden_size, config.codebook_sizes, dtype=torch.float32)
+        # on a GPU the backbone's dtype, with float32 sums; on a CPU float32, which costs little there
+        dtype = vllm_config.model_config.dtype if current_platform.is_cuda_alike() else torch.float32
+        self.draft_head = DraftHead(config.hidden_size, config.codebook_sizes, dtype=dtype)
         self.draft_head.requires_grad_(False)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:

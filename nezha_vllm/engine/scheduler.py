@@ -26,6 +26,9 @@ def make_scheduler(**kwargs: Any) -> Scheduler:
         return find_longest_cache_hit(block_hashes, max(0, max_cache_hit_length - levels))
 
     coordinator.find_longest_cache_hit = find_before_the_tail
+    # Workers hear of finished requests with the next one. vLLM would run an empty step to tell them at once,
+    # while the answer waits for the interpreter, and with async scheduling sleep 1 ms behind it.
+    scheduler.has_finished_requests = lambda: False
     if hasattr(scheduler, "num_prefill_lookahead"):  # vLLM ≥ 0.32; before it the config hook turns chunking off
         scheduler.num_prefill_lookahead = max(scheduler.num_prefill_lookahead, levels + 1)
     return scheduler

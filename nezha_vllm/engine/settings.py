@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nezha_vllm.config import VALIDITY_MODES, NezhaConfig
+from nezha_vllm.config import MAX_BEAM_WIDTH, VALIDITY_MODES, NezhaConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -43,8 +43,10 @@ class ServerSettings:
             raise ValueError(f"--additional-config: nezha options {unknown} are unknown; there are {list(OPTIONS)}")
         values: dict[str, Any] = {name: options.get(name, getattr(config, name, None)) for name in OPTIONS}
         widths = (values["beam_width"], values["max_beam_width"])
-        if not all(type(width) is int for width in widths) or not 1 <= widths[0] <= widths[1]:
-            raise ValueError(f"need integers 1 ≤ beam_width ≤ max_beam_width, got {widths[0]!r} and {widths[1]!r}")
+        if not all(type(width) is int for width in widths) or not 1 <= widths[0] <= widths[1] <= MAX_BEAM_WIDTH:
+            raise ValueError(
+                f"need integers 1 ≤ beam_width ≤ max_beam_width ≤ {MAX_BEAM_WIDTH}, got {widths[0]!r} and {widths[1]!r}"
+            )
         if values["validity"] not in VALIDITY_MODES:
             raise ValueError(f"validity is {values['validity']!r}, must be one of {VALIDITY_MODES}")
         values["lean_step"] = options.get("lean_step", True)

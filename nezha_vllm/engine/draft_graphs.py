@@ -1,0 +1,138 @@
+"""The draft stage on a GPU: every batch is cut into launches of fixed shapes, each one CUDA graph.
+
+A shape is N requests of K beams; requests of similar width share a launch, rows that none needs are left out by the
+kernels. Nothing here waits for the GPU: options go in and beams come out through pinned memory, in ring buffers deep
+enough for the steps in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nezha_vllm.triton_search import MAX_ROWS, Plan, Workspace
+
+RING = 4  # steps whose buffers may be in use: two in flight, and room to spare
+WIDTHS = (16, 64, 256, 512, 1024, 2048, 4096)  # each costs compilation once, and at start-up a graph a batch size
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Requests ``rows`` of a step, by one graph of ``size`` requests of ``width`` beams; staged from ``start`` on."""
+
+    rows: list[int]
+    size: int
+    width: int
+    start: int
+
+
+@dataclass
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    out: Tensor
+
+
+class DraftGraphs:
+    """All graphs of a server. They share one workspace, so they run one after the other, on the stream of the caller.
+
+    Args:
+        max_requests: most requests of a step.
+        max_width: widest beam a request may ask for, at most 4,096.
+    """
+
+    def __init__(self, plan: Plan, max_requests: int, max_width: int) -> None:
+        self.plan, self.num_levels = plan, plan.codec.num_levels
+        self.widths = [width for width in WIDTHS if width < max_width]
+        self.widths.append(next(width for width in WIDTHS if width >= max_width))
+        sizes = [1 << bit for bit in range(10) if 1 << bit < 2 * max_requests]
+        shapes = [(size, width) for width in self.widths for size in sizes if size == 1 or size * width <= MAX_ROWS]
+        device = plan.weights.device
+        self.num_states, hidden_size = self.num_levels + 1, plan.hidden_size
+        most = max(size for size, _ in shapes)
+        self.workspace = Workspace(plan, max(size * width for size, width in shapes), most)
+        self.hidden_NSH = torch.zeros(most, self.num_states, hidden_size, dtype=plan.weights.dtype, device=device)
+        self.requests_3N = torch.zeros(3, most, dtype=torch.int32, device=device)
+        self.out = torch.zeros(max(size * self._row(width) for size, width in shapes), dtype=torch.int32, device=device)
+        # a step's requests, each launch rounded up to its size: fewer than twice as many, and one launch a width more
+        staged = (2 * max_requests + len(self.widths)) * (self.num_states + 3)
+        self.staging = torch.zeros(staged, dtype=torch.int32, device=device)
+        self.host_staging = [torch.zeros(staged, dtype=torch.int32).pin_memory() for _ in range(RING)]
+        room = max(self._row(width) * max_requests for width in self.widths)
+        self.host_out = [torch.zeros(room, dtype=torch.int32).pin_memory() for _ in range(RING)]
+        self.turn = 0
+        self.stream = torch.cuda.Stream()  # of all captures: cuBLAS keeps a workspace a stream
+        self.graphs = {shape: self._capture(*shape) for shape in sorted(shapes, reverse=True)}
+
+    def _row(self, width: int) -> int:
+        return 2 + width * (1 + self.num_levels)
+
+    def _capture(self, size: int, width: int) -> _Graph:
+        out = self.out[: size * self._row(width)].view(size, self._row(width))
+        requests_3N = self.requests_3N.view(-1)[: 3 * size].view(3, size)
+
+        def search() -> None:
+            self.plan.search(self.workspace, self.hidden_NSH[:size], requests_3N, out, width)
+
+        # with real numbers, which the kernels' loops depend on: all beams of random states
+        self.hidden_NSH.normal_()
+        requests_3N.fill_(1)[0].fill_(width)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            search()  # compiles
+        torch.cuda.current_stream().wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            search()
+        return _Graph(graph, out)
+
+    def launches(self, widths: Sequence[int]) -> list[Launch]:
+        """How a step's requests are cut up."""
+        groups: dict[int, list[int]] = {}
+        for row, width in enumerate(widths):
+            groups.setdefault(next(bucket for bucket in self.widths if bucket >= width), []).append(row)
+        found, start = [], 0
+        for width, rows in sorted(groups.items()):
+            most = max(size for size, bucket in self.graphs if bucket == width)
+            for first in range(0, len(rows), most):
+                part = rows[first : first + most]
+                size = 1 << (len(part) - 1).bit_length()
+                found.append(Launch(part, size, width, start))
+                start += size * (self.num_states + 3)
+        return found
+
+    def stage(self, launches: Sequence[Launch], last_rows: Sequence[int], requests: Sequence[tuple[int, int]]) -> None:
+        """Bring where each request's states are, its width and its mode to the device: one copy a step."""
+        self.turn = (self.turn + 1) % RING
+        host = self.host_staging[self.turn]
+        values = host.numpy()
+        end = 0
+        for launch in launches:
+            end = launch.start + launch.size * (self.num_states + 3)
+            part = values[launch.start : end]
+            part[:] = 0
+            states = part[3 * launch.size :].reshape(launch.size, self.num_states)
+            for place, row in enumerate(launch.rows):
+                width, stepwise = requests[row]
+                part[place], part[launch.size + place], part[2 * launch.size + place] = width, stepwise, 1
+                last = last_rows[row]
+                states[place] = np.arange(last + 1 - self.num_states, last + 1)
+        self.staging[:end].copy_(host[:end], non_blocking=True)
+
+    def run(self, launch: Launch, states: Tensor) -> Tensor:
+        """Beams of a staged launch, int32 [requests, 2 + K · (1 + L)], until the next launch overwrites them."""
+        staged = self.staging[launch.start : launch.start + launch.size * (self.num_states + 3)]
+        self.requests_3N.view(-1)[: 3 * launch.size].copy_(staged[: 3 * launch.size])
+        hidden = self.hidden_NSH[: launch.size].view(-1, self.hidden_NSH.shape[2])
+        torch.index_select(states, 0, staged[3 * launch.size :], out=hidden)
+        captured = self.graphs[launch.size, launch.width]
+        captured.graph.replay()
+        return captured.out[: len(launch.rows)]
+
+    def to_host(self, out: Tensor, start: int) -> Tensor:
+        """Enqueue the copy of a launch's beams to this step's pinned memory, from word ``start`` on."""
+        host = self.host_out[self.turn][start : start + out.numel()].view(out.shape)
+        return host.copy_(out, non_blocking=True)
