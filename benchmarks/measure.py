@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -65,13 +65,13 @@ class Recorder:
         print_rows(self.rows, f"{self.benchmark}, {self.arguments.label}")
 
 
-def print_rows(rows: Sequence[Row], title: str) -> None:
-    """A short table; columns that no row fills are left out."""
-    shown = {head: [_text(getattr(row, name)) for row in rows] for head, name in SHOWN.items()}
+def print_rows(rows: Sequence[Row], title: str, columns: Mapping[str, str] = SHOWN) -> None:
+    """A short table of ``columns``, head to attribute of a row; those that no row fills are left out."""
+    shown = {head: [_text(getattr(row, name)) for row in rows] for head, name in columns.items()}
     shown = {head: cells for head, cells in shown.items() if any(cells)}
     table = Table(title=title)
     for head in shown:
-        table.add_column(head, justify="left" if head in ("system", "over", "load", "note") else "right")
+        table.add_column(head, justify="left" if isinstance(getattr(Row(), columns[head]), str) else "right")
     for cells in zip(*shown.values(), strict=True):
         table.add_row(*cells)
     # a log file has no width: without one, rich folds the table to 80 columns

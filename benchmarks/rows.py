@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import fcntl
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -19,6 +20,8 @@ class Row:
     ``prompt_tokens`` is the size that was asked for, ``engine_tokens`` what the engine read, placeholders included.
     ``load`` is "one" (a request after the other), "closed" (``concurrency`` clients), "open" (Poisson arrivals at
     ``request_rate``) or "batch" (``concurrency`` prompts in one call). ``generator`` is what sent the requests.
+    Of a ``part`` of a request, a kernel say, ``us`` is the median time with warm caches, ``cold_us`` with an L2 that
+    holds something else, ``floor_us`` what its bytes and operations take at the two ceilings.
     """
 
     # where and when; `machine.describe` fills them
@@ -35,11 +38,13 @@ class Row:
     benchmark: str = ""
     system: str = ""
     model: str = ""
+    part: str = ""
     dtype: str = ""
     prompt_tokens: int | None = None
     engine_tokens: int | None = None
     levels: int | None = None
     codes: int | None = None
+    hidden: int | None = None
     items: int | None = None
     beam_width: int | None = None
     n: int | None = None
@@ -59,15 +64,30 @@ class Row:
     p90_ms: float | None = None
     p99_ms: float | None = None
     requests_per_s: float | None = None
+    us: float | None = None
+    cold_us: float | None = None
+    floor_us: float | None = None
+    launches: float | None = None
     gb_per_s: float | None = None
     tflop_per_s: float | None = None
     ceiling_gb_per_s: float | None = None
     ceiling_tflop_per_s: float | None = None
     note: str = ""
 
+    @property
+    def times_floor(self) -> float | None:
+        """How many times its floor a part takes: cold where that was measured, since the floor reads from memory."""
+        us = self.cold_us or self.us
+        return us / self.floor_us if us and self.floor_us else None
+
 
 COLUMNS = [field.name for field in fields(Row)]
-_READ = {"str": str, "int | None": int, "float | None": float, "bool | None": lambda text: text == "True"}
+_READ: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int | None": int,
+    "float | None": float,
+    "bool | None": lambda text: text == "True",
+}
 
 
 def append(name: str, rows: Row | Iterable[Row], folder: str | os.PathLike[str] = RESULTS) -> Path:
@@ -125,4 +145,4 @@ def _cells(row: Row) -> list[str]:
 
 def _row(line: dict[str, str]) -> Row:
     known = {field.name: _READ[str(field.type)] for field in fields(Row)}
-    return Row(**{name: known[name](text) for name, text in line.items() if name in known and text})  # type: ignore[arg-type]
+    return Row(**{name: known[name](text) for name, text in line.items() if name in known and text})

@@ -16,8 +16,8 @@ from nezha_vllm.folders import replacing
 from nezha_vllm.hf.streamed import write_safetensors
 
 ARCHITECTURES = {"nezha_llama": ("llama", "LlamaForCausalLM"), "nezha_qwen3": ("qwen3", "Qwen3ForCausalLM")}
-NOT_THEIRS = ("codebook_sizes", "code_token_offsets", "placeholder_token_ids", "catalogue", "beam_width")
-NOT_THEIRS += ("max_beam_width", "validity", "auto_map")
+NOT_THEIRS = {"codebook_sizes", "code_token_offsets", "placeholder_token_ids", "catalogue", "beam_width"}
+NOT_THEIRS |= {"max_beam_width", "validity", "auto_map"}
 
 
 def stock_checkpoint(checkpoint: str | Path, out: str | Path) -> Path:

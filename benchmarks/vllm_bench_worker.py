@@ -23,7 +23,7 @@ def serve_forever() -> None:
         for line in sys.stdin:
             try:
                 main(parser.parse_args(json.loads(line)))
-                reply = {"error": None}
+                reply: dict[str, str | None] = {"error": None}
             except (Exception, SystemExit) as error:
                 traceback.print_exc()
                 reply = {"error": f"{type(error).__name__}: {error}"}

@@ -35,7 +35,7 @@ def parse_beams(text: str) -> tuple[int, int]:
 
 def grid(system: str, prompts: Sequence[int], beams: Sequence[tuple[int, int]]) -> list[Cell]:
     """The cells in which a system differs: stock beam search returns all K beams, one token needs no beams."""
-    cells = {}
+    cells: dict[Cell, None] = {}
     for prompt in prompts:
         for width, n in beams:
             answered = {"vllm-one-token": (1, 1), "vllm-beam": (width, width), "hf-beam": (width, width)}

@@ -1,0 +1,206 @@
+"""The draft stage on a GPU beside its floor and the PyTorch reference: as a whole, and kernel by kernel.
+
+python -m benchmarks.kernels --widths 10 50 512 4096 --batches 1 16 64
+python -m benchmarks.kernels --items 10000 57288 1000000 100000000 --widths 512 --batches 1
+python -m benchmarks.kernels --widths 512 --batches 1 --references eager compiled --no-parts
+python -m benchmarks.kernels --validity --items 57288 100000000
+
+The whole stage is the CUDA graph that serving replays. Its kernels overlap there; their own durations are taken from a
+graph in which they do not, so they add up to more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks import floors
+from benchmarks.kernel_rows import Recorder
+from benchmarks.rows import RESULTS
+
+if TYPE_CHECKING:
+    from benchmarks.search_case import SearchCase
+    from nezha_vllm.triton_search import Plan
+
+NEEDS_GPU = "this measures kernels on an NVIDIA GPU, and PyTorch finds none here"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", nargs="+", type=int, default=[10, 50, 512, 4096], metavar="K")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64], metavar="N", help="requests at once")
+    parser.add_argument("--items", nargs="+", type=int, default=[57_288], metavar="M")
+    parser.add_argument("--levels", type=int, default=3)
+    parser.add_argument("--codes", type=int, default=512, help="of each level (default %(default)s)")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--references", nargs="*", choices=("eager", "compiled"), default=["eager"])
+    parser.add_argument("--no-parts", dest="parts", action="store_false", help="only the stage as a whole")
+    parser.add_argument("--validity", action="store_true", help="only what validity costs each level")
+    parser.add_argument("--replays", type=int, default=50, help="of each graph (default %(default)s)")
+    parser.add_argument("--budget", type=float, default=420, metavar="S", help="seconds, then cells are skipped")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where rows go")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error(NEEDS_GPU)
+    recorder = Recorder(arguments)
+    try:
+        if arguments.validity:
+            from benchmarks.validity import measure_validity
+
+            measure_validity(recorder)
+        else:
+            measure_grid(recorder)
+    finally:
+        recorder.print()
+    return 0
+
+
+def measure_grid(recorder: Recorder) -> None:
+    """Items, then widths, then batches: what has the same K shares its compiled kernels."""
+    from benchmarks.search_case import random_head
+
+    arguments = recorder.arguments
+    head = random_head(recorder.sizes, arguments.hidden, recorder.dtype)
+    for items in arguments.items:
+        for where, plan in plans(recorder, head, items):
+            for width in arguments.widths:
+                for batch in arguments.batches:
+                    cell = where | {"beam_width": width, "concurrency": batch}
+                    guarded(recorder, head, plan, cell)
+            del plan
+
+
+def plans(recorder: Recorder, head: Any, items: int) -> Iterator[tuple[dict[str, Any], Plan]]:
+    """The plan of a catalogue of so many items, or a row that says why there is none."""
+    from benchmarks.search_case import random_keys
+    from nezha_vllm.triton_search import Plan
+
+    where: dict[str, Any] = {"items": items}
+    if recorder.late():
+        recorder.add("triton", "draft stage", **where, note="skipped: the time is spent")
+        return
+    try:
+        plan = Plan(head, random_keys(items, math.prod(recorder.sizes)))
+    except (torch.OutOfMemoryError, ValueError) as error:
+        recorder.add("triton", "draft stage", **where, note=f"skipped: {str(error)[:120]}")
+        return
+    yield where, plan
+
+
+def guarded(recorder: Recorder, head: Any, plan: Plan, cell: dict[str, Any]) -> None:
+    """One cell; what does not fit, or comes too late, leaves a row with a note."""
+    if recorder.late():
+        recorder.add("triton", "draft stage", **cell, note="skipped: the time is spent")
+        return
+    try:
+        measure_cell(recorder, head, plan, cell)
+    except torch.OutOfMemoryError as error:
+        recorder.add("triton", "draft stage", **cell, note=f"skipped: {str(error)[:120]}")
+    torch.cuda.empty_cache()
+
+
+def measure_cell(recorder: Recorder, head: Any, plan: Plan, cell: dict[str, Any]) -> None:
+    from benchmarks.gpu_timing import Flush, capture, median_us
+    from benchmarks.search_case import SearchCase, prefixes
+
+    arguments = recorder.arguments
+    case = SearchCase(plan, cell["concurrency"], cell["beam_width"])
+    shape = search_shape(case, recorder, prefixes(plan.keys, plan))
+    graph, flush = capture(case), Flush()
+    recorder.add(
+        "triton",
+        "draft stage",
+        work=floors.stage(shape),
+        us=median_us(graph.replay, arguments.replays),
+        cold_us=median_us(graph.replay, arguments.replays, flush),
+        **cell,
+        note=f"{len(case.options)} launches of {case.step} requests" if len(case.options) > 1 else "",
+    )
+    if arguments.parts and len(case.options) == 1:
+        try:
+            measure_parts(recorder, case, shape, cell)
+        except RuntimeError as error:
+            recorder.add("triton", "kernels", **cell, note=str(error)[:160])
+    for kind in arguments.references:
+        measure_reference(recorder, head, case, shape, cell, kind)
+
+
+def search_shape(case: SearchCase, recorder: Recorder, known: tuple[int, ...]) -> floors.Search:
+    number_bytes = recorder.dtype.itemsize
+    return floors.Search(case.requests, case.width, recorder.sizes, recorder.arguments.hidden, number_bytes, known)
+
+
+def measure_parts(recorder: Recorder, case: SearchCase, shape: floors.Search, cell: dict[str, Any]) -> None:
+    """Rows of the kernels, none of them overlapping another."""
+    from benchmarks.gpu_timing import Flush
+    from benchmarks.search_case import work_of
+
+    warm = part_times(case)
+    cold = part_times(case, Flush())
+    for (part, level), (us, launches) in warm.items():
+        recorder.add(
+            "triton",
+            f"{part} {level}",
+            work=work_of(part, level, shape, case),
+            us=us,
+            cold_us=cold[part, level][0],
+            launches=launches,
+            **cell,
+        )
+
+
+def part_times(case: SearchCase, before: Any = None) -> dict[tuple[str, int], tuple[float, int]]:
+    """µs and launches of each part of one launch of the search, by (part, level)."""
+    from benchmarks.gpu_timing import capture, kernel_us
+    from benchmarks.search_case import ALONE, label
+
+    overlapping = case.plan.launch
+    case.plan.launch = ALONE
+    try:
+        found = kernel_us(capture(case.one_launch).replay, before=before)
+    finally:
+        case.plan.launch = overlapping
+    times: dict[tuple[str, int], list[float]] = {}
+    for part, (_, us) in zip(label(name for name, _ in found), found, strict=True):
+        times.setdefault(part, []).append(us)
+    return {part: (sum(found), len(found)) for part, found in times.items()}
+
+
+def measure_reference(
+    recorder: Recorder, head: Any, case: SearchCase, shape: floors.Search, cell: dict[str, Any], kind: str
+) -> None:
+    """PyTorch's turn: at least three calls, at most as many as take a few seconds; a failure becomes a note."""
+    from benchmarks.gpu_timing import median_us
+    from benchmarks.search_case import reference
+
+    system = "pytorch" if kind == "eager" else "pytorch, compiled"
+    try:
+        run = reference(head, case.plan.keys, case, compiled=kind == "compiled")
+        run()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        calls = min(recorder.arguments.replays, max(3, int(2 / (time.perf_counter() - start))))
+        us = median_us(run, calls)
+    except Exception as error:  # whatever torch.compile or the memory says is a finding
+        recorder.add(system, "draft stage", **cell, note=f"{type(error).__name__}: {str(error)[:160]}")
+        return
+    recorder.add(system, "draft stage", work=floors.stage(shape), us=us, **cell)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
