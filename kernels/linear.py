@@ -3,22 +3,19 @@
 import triton
 import triton.language as tl
 
-from .overlap import begin
-
 
 @triton.jit
 def request_products(
     hidden, weights, tiles, out,
     num_requests, out_stride,
     S: tl.constexpr, H: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W_1 (h_0 + h_1), W_hh,1 h_0 and W_l h_l for l ≥ 2, in one launch over the rows of all of them.
 
     hidden [N, S, H]; weights [rows, H]; tiles int32 [programs, 5], one line a block of rows of ``weights``: first row,
     how many, the state to multiply with, the state to add to it or -1, first column of ``out``; out float32 [N, …].
     """
-    begin(OVERLAP)
     line = tiles + tl.program_id(0) * 5
     row = tl.load(line).to(tl.int64)
     num_rows = tl.load(line + 1)
@@ -45,13 +42,12 @@ def request_products(
 def few_request_products(
     hidden, weights, tiles, out,
     num_requests, out_stride,
-    S: tl.constexpr, H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, OVERLAP: tl.constexpr,
+    S: tl.constexpr, H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """`request_products` for a handful of requests: rows of weights are read once, whole, and kept in registers.
 
     tiles as there, with at most BLOCK_C rows a line; BLOCK_H is the power of two from H on.
     """
-    begin(OVERLAP)
     line = tiles + tl.program_id(0) * 5
     row = tl.load(line).to(tl.int64)
     num_rows = tl.load(line + 1)
@@ -78,7 +74,6 @@ def beam_products(
     num_rows, num_codes, logit_stride,
     K: tl.constexpr, H: tl.constexpr, WITH_DRIVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """W_l s and, with ``WITH_DRIVES``, W_hh,l s for the beams' states s [N · K, H].
 
@@ -86,7 +81,6 @@ def beam_products(
     [T + H, H] holds W_l and below it W_hh,l; logits float32 [N · K, logit_stride]; drives [N · K, H].
     Blocks of beams that are all dead are skipped.
     """
-    begin(OVERLAP)
     num_blocks = tl.cdiv(num_rows, BLOCK_M)
     logit_blocks = tl.cdiv(num_codes, BLOCK_C)
     all_blocks = logit_blocks
@@ -124,10 +118,9 @@ def beam_products(
 def context_states(
     code_drives, drives, codes, parents, counts, states,
     request_stride, parent_stride,
-    K: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, OVERLAP: tl.constexpr,
+    K: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """s_{l+1} = tanh(G_l[code] + W_hh s_l[parent]) for the beams kept, [N · K, H]."""
-    begin(OVERLAP)
     row = tl.program_id(0)
     request = row // K
     if row % K < tl.load(counts + request):

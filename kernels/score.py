@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from .overlap import begin
 from .validity import has_child
 
 
@@ -12,7 +11,7 @@ def score_children(
     logits, bias, scores, prefixes, lows, highs, stepwise, counts, keys, table, log_probs, maxima, group_maxima,
     logit_stride, bias_stride, size, suffix, groups,
     K: tl.constexpr, ROOT: tl.constexpr, IN_TABLE: tl.constexpr,
-    BLOCK: tl.constexpr, FAN: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, FAN: tl.constexpr,
 ):  # fmt: skip
     """One program a beam, [N · K] of them; those beyond a request's beams do nothing. With ROOT, one a request.
 
@@ -21,7 +20,6 @@ def score_children(
     those that may not be taken. maxima float32 [N · K, groups · FAN] and group_maxima [N · K, groups]: the best score,
     beam and code together, of each FAN and each FAN² codes.
     """
-    begin(OVERLAP)
     if ROOT:
         request = tl.program_id(0)
         row = request * K

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from .order import DEAD, ordered, ordered_at, places, threshold
-from .overlap import begin
 from .validity import child_range
 
 
@@ -60,7 +59,7 @@ def select_beams(
     widths, keys, table, out,
     size, suffix, groups, rows, out_stride,
     K: tl.constexpr, L: tl.constexpr, LEVEL: tl.constexpr, IN_TABLE: tl.constexpr, FAN: tl.constexpr,
-    BLOCK: tl.constexpr, ONE: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """One program a request: from the candidates of level LEVEL (from 0) to its beams, or to the answer.
 
@@ -71,7 +70,6 @@ def select_beams(
     At the last level ``out`` int32 [N, 2 + K · (1 + L)] gets how many beams are items, how many were finished, and
     best first each beam's index among the keys (-1 where there is none) and the bits of its log-probabilities.
     """
-    begin(OVERLAP)
     request = tl.program_id(0)
     first = request.to(tl.int64) * K
     width = tl.minimum(tl.load(widths + request), K)

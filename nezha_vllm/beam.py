@@ -76,17 +76,18 @@ class BeamSearch:
     def _kernel_slices(self, widths: Sequence[int]) -> tuple:
         from nezha_vllm.triton_search import MAX_ROWS, Workspace, width_bucket
 
-        assert self.plan is not None
+        plan = self.plan
+        assert plan is not None
         bucket = width_bucket(max(widths))
         step = min(len(widths), max(1, MAX_ROWS // bucket))
-        work = Workspace(self.plan, step * bucket, step)
+        work = Workspace(plan, step * bucket, step)
         num_levels = self.head.num_levels
 
         def search(hidden_NSH: Tensor, widths: Sequence[int], stepwise: Sequence[bool]) -> Beams:
             rows = [widths, [int(flag) for flag in stepwise], [1] * len(widths)]
             requests_3N = torch.tensor(rows, dtype=torch.int32, device=hidden_NSH.device)
             out = requests_3N.new_empty(len(widths), 2 + bucket * (1 + num_levels))
-            self.plan.search(work, hidden_NSH.contiguous(), requests_3N, out, bucket)
+            plan.search(work, hidden_NSH.contiguous(), requests_3N, out, bucket)
             return beams_of(out, num_levels, max(widths))
 
         return search, step

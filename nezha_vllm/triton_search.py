@@ -17,7 +17,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nezha_vllm.draft_head import DraftHead
 from nezha_vllm.kernels.linear import beam_products, context_states, few_request_products, request_products
-from nezha_vllm.kernels.overlap import overlaps
 from nezha_vllm.kernels.score import score_children
 from nezha_vllm.kernels.select import select_beams
 from nezha_vllm.semantic_id import SemanticIdCodec
@@ -136,8 +135,6 @@ class Plan:
             for drive, cell in zip(head.code_drives(), head.cells, strict=True)
         ]
         self.precision = "ieee" if self.weights.dtype == torch.float32 else "tf32"
-        overlap = overlaps(self.weights.device)
-        self.launch = {"OVERLAP": overlap, "launch_pdl": overlap}
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -203,7 +200,6 @@ class Plan:
                 H=hidden_size,
                 BLOCK_C=FEW_TILE,
                 BLOCK_H=triton.next_power_of_2(hidden_size),
-                **self.launch,
                 num_warps=8,
             )
             return
@@ -216,7 +212,6 @@ class Plan:
             BLOCK_C=TILE,
             BLOCK_H=32 if self.weights.dtype == torch.float32 else 128 if hidden_size % 128 == 0 else 64,
             PRECISION=self.precision,
-            **self.launch,
             num_warps=4,
             num_stages=4,
         )
@@ -251,7 +246,6 @@ class Plan:
             BLOCK_H=block_h,
             GROUP=8,
             PRECISION=self.precision,
-            **self.launch,
             num_warps=warps,
             num_stages=stages,
         )
@@ -321,7 +315,6 @@ class Plan:
             IN_TABLE=level.table is not None,
             BLOCK=block,
             FAN=fan,
-            **self.launch,
             num_warps=min(8, max(1, block // 256)),
         )
         most_groups = shape.most_parents * groups
@@ -365,7 +358,6 @@ class Plan:
             FAN=fan,
             BLOCK=block,
             ONE=block == most,
-            **self.launch,
             num_warps=min(16, max(4, block // 256)),
         )
 
@@ -386,7 +378,6 @@ class Plan:
             K=width,
             H=self.hidden_size,
             BLOCK_H=min(2048, triton.next_power_of_2(self.hidden_size)),
-            **self.launch,
             num_warps=4,
         )
 

@@ -75,8 +75,6 @@ class LeanStep:
         }
         builders = [group.get_metadata_builder(0) for group in runner.attn_groups[0]]
         self.builders = [builder for builder in builders if BUILDERS[type(builder).__name__]]
-        # what `build` launches, as graphs: its Python takes the host 0.1 ms
-        self.schedules: dict[int, torch.cuda.CUDAGraph] = {}
         max_requests, max_blocks = self.inputs.block_table_RW.shape
         words = PLAN_FIELDS * max_requests + max(self.metadata) + min(max_requests * max_blocks, SPARE_BLOCKS)
         plans = [torch.zeros(words, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
@@ -104,17 +102,12 @@ class LeanStep:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile the kernel and capture how each size's metadata is built, with a batch of nothing."""
+        """Compile the kernel and try every size's metadata, with a batch of nothing."""
         empty = LeanBatch([], [], [], [], [], 0)
         for graph in self.graphs.graphs:
             if graph.num_tokens in self.metadata:
                 self._prepare(empty, graph)
         torch.cuda.synchronize()
-        pool = torch.cuda.graph_pool_handle()
-        for num_tokens in self.metadata if self.builders else ():
-            self.schedules[num_tokens] = schedule = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(schedule, pool=pool):
-                self._build(num_tokens)
 
     def _prepare(self, batch: LeanBatch, graph: Any) -> None:
         self.turn = (self.turn + 1) % RING
@@ -129,15 +122,8 @@ class LeanStep:
             padded_tokens=graph.num_tokens,
             block_size=self.block_size,
         )
-        schedule = self.schedules.get(graph.num_tokens)
-        if schedule is None:
-            self._build(graph.num_tokens)
-        else:
-            schedule.replay()
-
-    def _build(self, num_tokens: int) -> None:
         for builder in self.builders:
-            builder.build(0, self.metadata[num_tokens])
+            builder.build(0, self.metadata[graph.num_tokens])
 
 
 def _common_metadata(inputs: StepInputs, desc: Any, max_model_len: int) -> Any:
