@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine import FinishReason
@@ -50,16 +51,14 @@ class Answer:
 def rank(plan: Plan, ids: RankedIds) -> Answer:
     """The n best items of the ranked semantic IDs; items that share one follow each other in the catalogue's order."""
     catalogue = plan.service.catalogue
-    rows: list[int] = []
-    beams: list[int] = []
-    for beam, index in enumerate(ids.index.tolist()):
-        sharing = catalogue.rows_of_index(index)[: plan.n - len(rows)]
-        rows += sharing
-        beams += [beam] * len(sharing)
+    first_rows = catalogue.first_row[ids.index]
+    sharing = np.minimum(catalogue.first_row[ids.index + 1] - first_rows, plan.n)
+    beams = np.repeat(np.arange(len(sharing)), sharing)[: plan.n]
+    rows = (first_rows - np.cumsum(sharing) + sharing)[beams] + np.arange(len(beams))
     log_probs = ids.log_probs[beams].tolist()
     scores = [sum(of_levels) for of_levels in log_probs]
     codes = catalogue.codes[rows].tolist()
-    return Answer(catalogue.item_ids(rows), codes, log_probs, scores, _summary(plan, ids, len(rows)))
+    return Answer(catalogue.item_ids(rows.tolist()), codes, log_probs, scores, _summary(plan, ids, len(rows)))
 
 
 def items_of(answer: Answer, plan: Plan) -> list[RecommendedItem]:
