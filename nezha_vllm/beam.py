@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nezha_vllm.config import MAX_BEAM_WIDTH
-from nezha_vllm.draft_head import Beams, DraftHead, reference_beam_search
+from nezha_vllm.draft_head import Beams, DraftHead, Eligible, reference_beam_search
 
 if TYPE_CHECKING:
     from nezha_vllm.triton_search import Plan
@@ -50,26 +50,33 @@ class BeamSearch:
         else:
             self.code_drives = head.code_drives()
 
-    def __call__(self, hidden_NSH: Tensor, widths: Sequence[int], stepwise: Sequence[bool]) -> Beams:
-        """Search N requests; ``widths`` and ``stepwise`` are the beam width and validity mode of each.
+    def __call__(
+        self,
+        hidden_NSH: Tensor,
+        widths: Sequence[int],
+        stepwise: Sequence[bool],
+        eligible: Sequence[Eligible | None] | None = None,
+    ) -> Beams:
+        """Search N requests; ``widths``, ``stepwise`` and ``eligible`` are the beam width, mode and rule of each.
 
-        ``hidden_NSH`` are the backbone's hidden states after its final norm, S = L + 1, any floating dtype. Widths over
-        ``MAX_BEAM_WIDTH`` are searched by the reference.
+        ``hidden_NSH`` are the backbone's hidden states after its final norm, S = L + 1, any floating dtype. The kernels
+        know no rules yet: batches with one, or with widths over ``MAX_BEAM_WIDTH``, are searched by the reference.
         """
         hidden_NSH = hidden_NSH.to(self.head.logit_heads[0].weight.dtype)
-        use_kernels = self.plan is not None and max(widths) <= MAX_BEAM_WIDTH
+        rules = list(eligible) if eligible is not None else [None] * len(widths)
+        use_kernels = self.plan is not None and max(widths) <= MAX_BEAM_WIDTH and not any(rules)
         search, step = self._kernel_slices(widths) if use_kernels else self._reference_slices(widths)
         slices = [slice(start, start + step) for start in range(0, len(widths), step)]
-        parts = [search(hidden_NSH[part], widths[part], stepwise[part]) for part in slices]
+        parts = [search(hidden_NSH[part], widths[part], stepwise[part], rules[part]) for part in slices]
         return parts[0] if len(parts) == 1 else _concatenate(parts)
 
     def _reference_slices(self, widths: Sequence[int]) -> tuple:
         drives = self.head.code_drives() if self.plan else self.code_drives
 
-        def search(hidden_NSH: Tensor, widths: Sequence[int], stepwise: Sequence[bool]) -> Beams:
+        def search(hidden_NSH: Tensor, widths: Sequence[int], stepwise: Sequence[bool], rules: list) -> Beams:
             widths_N = torch.tensor(widths, dtype=torch.long, device=hidden_NSH.device)
             stepwise_N = torch.tensor(stepwise, dtype=torch.bool, device=hidden_NSH.device)
-            return reference_beam_search(self.head, hidden_NSH, self.keys_M, widths_N, stepwise_N, drives)
+            return reference_beam_search(self.head, hidden_NSH, self.keys_M, widths_N, stepwise_N, drives, rules)
 
         return search, max(1, MAX_SCORES // (max(widths) * max(self.head.codebook_sizes)))
 
@@ -83,7 +90,7 @@ class BeamSearch:
         work = Workspace(plan, step * bucket, step)
         num_levels = self.head.num_levels
 
-        def search(hidden_NSH: Tensor, widths: Sequence[int], stepwise: Sequence[bool]) -> Beams:
+        def search(hidden_NSH: Tensor, widths: Sequence[int], stepwise: Sequence[bool], _: list) -> Beams:
             rows = [widths, [int(flag) for flag in stepwise], [1] * len(widths)]
             requests_3N = torch.tensor(rows, dtype=torch.int32, device=hidden_NSH.device)
             out = requests_3N.new_empty(len(widths), 2 + bucket * (1 + num_levels))
@@ -100,6 +107,13 @@ def beams_of(out: Tensor, num_levels: int, width: int) -> Beams:
     log_probs_NKL = beams[..., 1:].contiguous().view(torch.float32)
     scores_NK = log_probs_NKL.sum(2).masked_fill(index_NK < 0, -torch.inf)
     return Beams(index_NK, log_probs_NKL, scores_NK, out[:, 1].long(), out[:, 0].long())
+
+
+def answer_of(beams: Beams) -> Tensor:
+    """`Beams` as the kernels' answer, int32 [N, 2 + K · (1 + L)]."""
+    log_probs_NKL = beams.log_probs_NKL.contiguous().view(torch.int32)
+    rows = torch.cat([beams.index_NK[..., None].int(), log_probs_NKL], dim=2).flatten(1)
+    return torch.cat([beams.valid_N[:, None].int(), beams.drafted_N[:, None].int(), rows], dim=1)
 
 
 def _concatenate(parts: list[Beams]) -> Beams:

@@ -88,6 +88,22 @@ class Beams:
     valid_N: Tensor
 
 
+@dataclass(frozen=True)
+class Eligible:
+    """Semantic IDs that a request may get: those at ``positions`` among the keys if ``only``, else all but those.
+
+    ``positions`` is an integer tensor, ascending, on the keys' device.
+    """
+
+    positions: Tensor
+    only: bool
+
+    def any_in(self, low: Tensor, high: Tensor) -> Tensor:
+        """Whether some of the keys [low, high) are eligible."""
+        listed = torch.searchsorted(self.positions, high) - torch.searchsorted(self.positions, low)
+        return listed > 0 if self.only else listed < high - low
+
+
 def select(scores_NC: Tensor, widths_N: Tensor) -> tuple[Tensor, Tensor]:
     """The ``widths_N[n]`` best finite candidates of each row, equal scores by lowest position.
 
@@ -118,6 +134,7 @@ def reference_beam_search(
     widths_N: Tensor,
     stepwise_N: Tensor,
     code_drives: Sequence[Tensor] | None = None,
+    eligible: Sequence[Eligible | None] | None = None,
 ) -> Beams:
     """Beam search over semantic IDs, obvious rather than fast. Exact: a width of M or more is brute force.
 
@@ -126,6 +143,7 @@ def reference_beam_search(
         keys_M: the catalogue's keys, int64, strictly ascending, M ≥ 1.
         widths_N: beam width of each request, int64, ≥ 1.
         stepwise_N: bool; True masks every level by catalogue prefixes, False drops invalid beams at the end.
+        eligible: which semantic IDs each request may get; None for all of them.
         code_drives: ``head.code_drives()`` kept from earlier, which halves the work; None computes what is needed.
     """
     assert len(keys_M) >= 1, "no keys to search"
@@ -141,6 +159,11 @@ def reference_beam_search(
         child_NBT = prefix_NB[..., None] * size + torch.arange(size, device=device)
         total_NBT = score_NB[..., None] + log_p_NBT
         allowed = ~stepwise_N[:, None, None] | _has_key(keys_M, child_NBT * suffix, suffix)
+        for request, rule in enumerate(eligible or ()):
+            if rule is not None and stepwise_N[request]:
+                low = torch.searchsorted(keys_M, child_NBT[request] * suffix)
+                high = torch.searchsorted(keys_M, (child_NBT[request] + 1) * suffix)
+                allowed[request] &= rule.any_in(low, high)
         total_NBT = total_NBT.masked_fill(~allowed, -torch.inf)
         chosen_NK, alive_NK = select(total_NBT.flatten(1), widths_N)
         parent_NK, code_NK = chosen_NK // size, chosen_NK % size
@@ -152,13 +175,18 @@ def reference_beam_search(
             drive_NKH = code_drives[level][code_NK] if code_drives else head.code_drive(level, code_NK)
             # W_hh before the gather: one row a parent, which at level 1 is one row a request instead of K
             state_NBH = torch.tanh(drive_NKH + _gather(head.recurrence(level, state_NBH), parent_NK))
-    return _finish(prefix_NB, score_NB, history_NBL, keys_M)
+    return _finish(prefix_NB, score_NB, history_NBL, keys_M, eligible or ())
 
 
-def _finish(key_NK: Tensor, score_NK: Tensor, log_probs_NKL: Tensor, keys_M: Tensor) -> Beams:
+def _finish(
+    key_NK: Tensor, score_NK: Tensor, log_probs_NKL: Tensor, keys_M: Tensor, eligible: Sequence[Eligible | None]
+) -> Beams:
     drafted_NK = score_NK > -torch.inf
     index_NK = torch.searchsorted(keys_M, key_NK).clamp(max=len(keys_M) - 1)
     valid_NK = drafted_NK & (keys_M[index_NK] == key_NK)
+    for request, rule in enumerate(eligible):
+        if rule is not None:
+            valid_NK[request] &= rule.any_in(index_NK[request], index_NK[request] + 1)
     score_NK = score_NK.masked_fill(~valid_NK, -torch.inf)
     # beams arrive in key order, so a stable sort leaves equal scores in key order
     score_NK, order_NK = score_NK.sort(dim=1, descending=True, stable=True)

@@ -172,3 +172,31 @@ def test_preempted_requests_get_the_same_answer(llm: LLM, checkpoint: Path) -> N
     assert preemptions > 0
     for output, other in zip(outputs, expected, strict=True):
         assert_same_answer(of_output(output), of_output(other))
+
+
+def test_rules_leave_the_best_of_the_eligible_items(llm: LLM, checkpoint: Path) -> None:
+    """Against the ranking without rules, filtered afterwards."""
+    prompt = {"prompt": "<item:item-3><item:item-70><item:item-12>"}
+    [everything] = ask(llm, [prompt], n=512, beam_width=512)
+    ranked = of_output(everything)
+    best = [item for item, _ in ranked]
+    seen = {"prompt": f"<item:{best[0]}><item:{best[3]}>"}
+    [full] = ask(llm, [seen], n=512, beam_width=512)
+    some, threshold = best[5:90:3], ranked[4][1]
+    cases = [
+        (prompt, ranked, {"exclude_items": [*best[:30:2], "nobody"]}, lambda item, _: item not in best[:30:2]),
+        (prompt, ranked, {"allow_items": some}, lambda item, _: item in some),
+        (prompt, ranked, {"allow_items": some, "exclude_items": some[:3]}, lambda item, _: item in some[3:]),
+        (prompt, ranked, {"min_score": threshold - 1e-5}, lambda _, score: score >= threshold),
+        (seen, of_output(full), {"exclude_history": True}, lambda item, _: item not in (best[0], best[3])),
+    ]
+    for asked, ranking, rules, keep in cases:
+        [found] = ask(llm, [asked], n=10, beam_width=100, **rules)
+        assert_same_answer(of_output(found), [pair for pair in ranking if keep(*pair)][:10])
+        assert found.nezha.unknown_excluded == ("nobody" in rules.get("exclude_items", ()))
+
+
+def test_a_rule_that_leaves_nothing_says_so(llm: LLM, checkpoint: Path) -> None:
+    [found] = ask(llm, [prompt_of(9, checkpoint)], n=5, allow_items=[])
+    assert found.outputs == []
+    assert "eligible" in found.nezha.reason

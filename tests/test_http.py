@@ -318,3 +318,33 @@ def test_a_prompt_of_the_longest_length_is_answered(client: openai.OpenAI, model
     truncated = {"truncate_prompt_tokens": 9, "truncation_side": "left"}
     found = ask(client, model, "<item:item-1>" * 500 + HISTORY, extra_body=truncated)
     assert_same_answer(of_completion(found), of_completion(ask(client, model)))
+
+
+@pytest.mark.parametrize("stream_options", [{}, {"logprobs": 0}], ids=["short way", "vLLM's handler"])
+def test_rules_keep_items_out_of_the_answer(client: openai.OpenAI, model: str, stream_options: dict[str, Any]) -> None:
+    def items(**xargs: Any) -> list[str]:
+        body = {"vllm_xargs": xargs} if xargs else None
+        answer = client.completions.create(model=model, prompt=HISTORY, n=10, extra_body=body, **stream_options)
+        return [choice.text for choice in answer.choices]
+
+    best = items()
+    without = items(exclude_items=best[:4])
+    assert without[:6] == best[4:]
+    assert len(without) == 10
+    assert items(allow_items=best[2:5]) == best[2:5]
+    assert not {"item-3", "item-70", "item-12"} & set(items(exclude_history=True, beam_width=200))
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        ({"exclude_items": "item-3"}, "exclude_items"),
+        ({"allow_items": ["nobody"]}, "allow_items"),
+        ({"exclude_history": "perhaps"}, "exclude_history"),
+        ({"min_score": "low"}, "min_score"),
+    ],
+)
+def test_rules_that_cannot_be_read_are_400s(client: openai.OpenAI, model: str, rule: dict[str, Any], name: str) -> None:
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model=model, prompt=HISTORY, n=5, extra_body={"vllm_xargs": rule})
+    assert error.value.body["param"] == name

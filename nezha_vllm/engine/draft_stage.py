@@ -6,14 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 
 from nezha_vllm import payload
-from nezha_vllm.beam import BeamSearch
+from nezha_vllm.beam import BeamSearch, answer_of
 from nezha_vllm.catalogue import load_keys
-from nezha_vllm.draft_head import DraftHead
+from nezha_vllm.draft_head import Beams, DraftHead, Eligible
 from nezha_vllm.engine.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class Search:
     num_ids: int
     beam_width: int
     stepwise: bool
+    only: bool = False  # of the rule, if there are positions: see `Eligible`; int32, as bytes
+    positions: bytes | None = None
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None) -> Search | None:
@@ -78,7 +81,7 @@ class DraftStage:
         hidden_NSH = states.view(num_requests, self.num_states, -1)
         if len(rows) < num_requests:
             hidden_NSH = hidden_NSH[torch.tensor(rows, device=states.device)]
-        beams = self.beam_search(hidden_NSH, [s.beam_width for s in active], [s.stepwise for s in active])
+        beams = self._search(hidden_NSH, active)
         packed = payload.pack(beams, max(search.num_ids for search in active))
         if len(rows) == num_requests:
             return packed
@@ -106,13 +109,28 @@ class DraftStage:
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Rows of the searches that are there and their beams, launch after launch."""
         assert self.graphs is not None
-        there = [row for row, search in enumerate(searches) if search is not None]
-        active = [search for search in searches if search is not None]
+        there = [row for row, search in enumerate(searches) if search is not None and search.positions is None]
+        active = [search for search in searches if search is not None and search.positions is None]
         launches = self.graphs.launches([search.beam_width for search in active])
         options = [(search.beam_width, int(search.stepwise)) for search in active]
         self.graphs.stage(launches, [int(last_rows[row]) for row in there], options)
         for launch in launches:
             yield [there[row] for row in launch.rows], self.graphs.run(launch, states)
+        for row, search in enumerate(searches):
+            if search is not None and search.positions is not None:
+                last = int(last_rows[row])
+                hidden_1SH = states[last + 1 - self.num_states : last + 1][None]
+                yield [row], answer_of(self._search(hidden_1SH, [search]))
+
+    def _search(self, hidden_NSH: Tensor, searches: Sequence[Search]) -> Beams:
+        rules = [self._rule(search) for search in searches]
+        return self.beam_search(hidden_NSH, [s.beam_width for s in searches], [s.stepwise for s in searches], rules)
+
+    def _rule(self, search: Search) -> Eligible | None:
+        if search.positions is None:
+            return None
+        positions = torch.from_numpy(np.frombuffer(search.positions, np.int32).astype(np.int64))
+        return Eligible(positions.to(self.beam_search.keys_M.device), search.only)
 
     def _width(self, searches: Sequence[Search | None]) -> int:
         return max((search.num_ids for search in searches if search is not None), default=0)

@@ -35,6 +35,7 @@ class Summary:
     drafted_beams: int
     catalogue_version: str
     reason: str | None
+    unknown_excluded: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,20 @@ class Answer:
 def rank(plan: Plan, ids: RankedIds) -> Answer:
     """The n best items of the ranked semantic IDs; items that share one follow each other in the catalogue's order."""
     catalogue = plan.service.catalogue
+    rules = plan.rules
     first_rows = catalogue.first_row[ids.index]
-    sharing = np.minimum(catalogue.first_row[ids.index + 1] - first_rows, plan.n)
-    beams = np.repeat(np.arange(len(sharing)), sharing)[: plan.n]
+    sharing = catalogue.first_row[ids.index + 1] - first_rows
+    if rules.eligible is None:
+        sharing = np.minimum(sharing, plan.n)
+    beams = np.repeat(np.arange(len(sharing)), sharing)
     rows = (first_rows - np.cumsum(sharing) + sharing)[beams] + np.arange(len(beams))
+    if rules.eligible is not None:
+        kept = rules.eligible.keeps(rows)
+        rows, beams = rows[kept], beams[kept]
+    if rules.min_score is not None:
+        kept = ids.log_probs.sum(1, dtype=np.float64)[beams] >= rules.min_score
+        rows, beams = rows[kept], beams[kept]
+    rows, beams = rows[: plan.n], beams[: plan.n]
     log_probs = ids.log_probs[beams].tolist()
     scores = [sum(of_levels) for of_levels in log_probs]
     codes = catalogue.codes[rows].tolist()
@@ -92,9 +103,11 @@ def _summary(plan: Plan, ids: RankedIds, returned: int) -> Summary:
     reason = None
     if returned < plan.n:
         remedy = "send validity=stepwise or a larger beam_width" if plan.validity == "final" else "there are no more"
-        reason = f"{ids.num_valid} of {ids.num_drafted} finished beams are catalogue items; {remedy}"
-    version = plan.service.catalogue.version
-    return Summary(plan.n, returned, plan.beam_width, ids.num_valid, ids.num_drafted, version, reason)
+        ruled = plan.rules.eligible is not None or plan.rules.min_score is not None
+        kind = "eligible catalogue items" if ruled else "catalogue items"
+        reason = f"{ids.num_valid} of {ids.num_drafted} finished beams are {kind}; {remedy}"
+    version, unknown = plan.service.catalogue.version, plan.rules.unknown
+    return Summary(plan.n, returned, plan.beam_width, ids.num_valid, ids.num_drafted, version, reason, unknown)
 
 
 class _PayloadSink:

@@ -120,7 +120,8 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
             request.sampling_params = params
             return request
         # vLLM checks and deep-copies what it is given, 0.1 ms for a user's parameters; these it takes as they are
-        params = engine_params(make_plan(service, params), params.output_kind)
+        plan = make_plan(service, params, prompt.get("prompt_token_ids") or ())
+        params = engine_params(plan, params.output_kind)
         request = original(self, request_id, prompt, params, *args, **kwargs)
         request.prompt_token_ids = complete_prompt(request.prompt_token_ids, service)
         request.sampling_params = params

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,10 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from nezha_vllm.config import VALIDITY_MODES
 from nezha_vllm.engine.draft_stage import REQUEST_KEY
 from nezha_vllm.frontend.errors import bad_request
+from nezha_vllm.frontend.rules import NO_RULES, RULES, Rules, read_rules
 from nezha_vllm.frontend.service import Service
 
-OPTIONS = ("beam_width", "validity")
+OPTIONS = ("beam_width", "validity", *RULES)
 PLAN = "nezha_plan"  # a plain attribute of SamplingParams: it stays in this process
 NO_SAMPLING = "{} has no meaning for catalogue items, which are ranked and not sampled; leave it out"
 
@@ -30,11 +31,16 @@ class Plan:
     beam_width: int
     validity: str
     with_logprobs: bool
+    rules: Rules = NO_RULES
     as_choices: bool = True
 
     def search(self) -> dict[str, Any]:
         """What the engine needs of it (``engine.draft_stage.Search``). n items lie on n semantic IDs at most."""
-        return {"num_ids": self.n, "beam_width": self.beam_width, "stepwise": self.validity == "stepwise"}
+        search = {"num_ids": self.n, "beam_width": self.beam_width, "stepwise": self.validity == "stepwise"}
+        eligible = self.rules.eligible
+        if eligible is None or not (eligible.only or len(eligible.positions)):
+            return search
+        return {**search, "only": eligible.only, "positions": eligible.positions.tobytes()}
 
 
 def engine_params(plan: Plan, output_kind: RequestOutputKind) -> SamplingParams:
@@ -52,11 +58,16 @@ def engine_params(plan: Plan, output_kind: RequestOutputKind) -> SamplingParams:
     return params
 
 
-def make_plan(service: Service, params: SamplingParams) -> Plan:
-    """Check ``SamplingParams`` against the service. Raises a 400 that names the parameter."""
+def make_plan(service: Service, params: SamplingParams, history: Sequence[int] = ()) -> Plan:
+    """Check ``SamplingParams`` against the service; ``history`` are the prompt's token ids.
+
+    Raises a 400 that names the parameter.
+    """
     refuse_sampling_options(params)
-    beam_width, validity = check_search(service, params.n, params.extra_args or {})
-    return Plan(service, params.n, beam_width, validity, params.logprobs is not None)
+    options = params.extra_args or {}
+    beam_width, validity = check_search(service, params.n, options)
+    rules = read_rules(service, options, history)
+    return Plan(service, params.n, beam_width, validity, params.logprobs is not None, rules)
 
 
 def check_search(service: Service, n: int, options: Mapping[str, Any]) -> tuple[int, str]:

@@ -18,6 +18,7 @@ from nezha_vllm.frontend.prompts import (
     strip_placeholders,
     too_long,
 )
+from nezha_vllm.frontend.rules import PromptTokens
 from nezha_vllm.frontend.service import Service, service_of
 from nezha_vllm.semantic_id import code_token, placeholder_token
 
@@ -39,7 +40,7 @@ class NezhaRenderer(HfRenderer):
             tokens = super().tokenize_prompt(self._history(prompt), self._limits(params))
         except VLLMValidationError as error:
             raise self._explain(error) from None
-        return {**tokens, "prompt_token_ids": self._complete(list(tokens["prompt_token_ids"]))}
+        return {**tokens, "prompt_token_ids": self._naming(prompt, self._complete(list(tokens["prompt_token_ids"])))}
 
     async def tokenize_prompt_async(self, prompt: Any, params: Any) -> Any:
         if (encoded := self._encode(prompt, params)) is not None:
@@ -48,13 +49,13 @@ class NezhaRenderer(HfRenderer):
             tokens = await super().tokenize_prompt_async(self._history(prompt), self._limits(params))
         except VLLMValidationError as error:
             raise self._explain(error) from None
-        return {**tokens, "prompt_token_ids": self._complete(list(tokens["prompt_token_ids"]))}
+        return {**tokens, "prompt_token_ids": self._naming(prompt, self._complete(list(tokens["prompt_token_ids"])))}
 
     def encode(self, prompt: str | list[int]) -> list[int] | None:
         """A complete prompt, checked; None for a text that needs the tokenizer. Raises a 400 for bad token ids."""
         if isinstance(prompt, str):
             history = self.encoder.encode(prompt)
-            return None if history is None else [*history, *self.service.placeholder_token_ids]
+            return None if history is None else self._tokens(prompt, [*history, *self.service.placeholder_token_ids])
         return self._complete(strip_placeholders(prompt, self.service))
 
     def _encode(self, prompt: Any, params: Any) -> Any:
@@ -64,8 +65,17 @@ class NezhaRenderer(HfRenderer):
         history = self.encoder.encode(prompt["prompt"])
         if history is None:
             return None
-        token_ids = [*history, *self.service.placeholder_token_ids]
+        token_ids = self._tokens(prompt["prompt"], [*history, *self.service.placeholder_token_ids])
         return {**prompt, "prompt": self.encoder.text(history), "prompt_token_ids": token_ids}
+
+    def _naming(self, prompt: Any, token_ids: list[int]) -> list[int]:
+        return self._tokens(prompt["prompt"], token_ids) if "prompt" in prompt else token_ids
+
+    def _tokens(self, text: str, token_ids: list[int]) -> list[int]:
+        """Token ids that know the text they come from, in case the items it names are to be left out of the answer."""
+        named = PromptTokens(token_ids)
+        named.text = text
+        return named
 
     def _history(self, prompt: Any) -> Any:
         if "prompt_token_ids" in prompt:

@@ -26,6 +26,7 @@ from nezha_vllm.frontend.disconnect import unless_disconnected
 from nezha_vllm.frontend.options import Plan, check_search, engine_params
 from nezha_vllm.frontend.renderer import NezhaRenderer
 from nezha_vllm.frontend.response_body import ResponseBody
+from nezha_vllm.frontend.rules import read_rules
 
 # headers and settings of a server that change what vLLM's handler does
 LONG_WAY_HEADERS = {
@@ -45,7 +46,7 @@ class CommonRequest(msgspec.Struct, forbid_unknown_fields=True):
     model: str | None = None
     n: int = 1
     use_beam_search: bool = False
-    vllm_xargs: dict[str, str | int] | None = None
+    vllm_xargs: dict[str, bool | int | float | str | list[str | int]] | None = None
     temperature: float | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     max_tokens: int | None = 16
@@ -82,10 +83,13 @@ class ShortWay:
                 options.setdefault("beam_width", request.n)
             beam_width, validity = check_search(self.renderer.service, request.n, options)
             token_ids = self.renderer.encode(request.prompt)
+            if token_ids is None:
+                return None
+            rules = read_rules(self.renderer.service, options, token_ids)
         except (msgspec.DecodeError, UnicodeDecodeError, VLLMValidationError):
             return None
-        plan = Plan(self.renderer.service, request.n, beam_width, validity, with_logprobs=False, as_choices=False)
-        return None if token_ids is None else (plan, token_ids)
+        plan = Plan(self.renderer.service, request.n, beam_width, validity, False, rules, as_choices=False)
+        return plan, token_ids
 
     async def answer(self, request: Request, plan: Plan, token_ids: list[int]) -> Response:
         given = request.headers.get("x-request-id")

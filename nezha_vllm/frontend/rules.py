@@ -1,0 +1,102 @@
+"""Per-request rules: which items a user may be shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nezha_vllm.catalogue import Catalogue, UnknownItemError
+from nezha_vllm.eligibility import Eligibility, eligibility, positions_of, rows_of_positions
+from nezha_vllm.frontend.errors import bad_request
+from nezha_vllm.frontend.service import Service
+
+RULES = ("exclude_items", "allow_items", "exclude_history", "min_score")
+MAX_ITEMS = 100_000
+ITEM = re.compile(r"<item:([^>]*)>")
+
+
+class PromptTokens(list):
+    """Token ids of a prompt that also know its text: codes do not tell items that share a semantic ID apart."""
+
+    text = ""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules of a request, checked; ``unknown`` counts the IDs in ``exclude_items`` that the catalogue lacks."""
+
+    eligible: Eligibility | None = None
+    min_score: float | None = None
+    unknown: int = 0
+
+
+NO_RULES = Rules()
+
+
+def read_rules(service: Service, options: Mapping[str, Any], history: Sequence[int]) -> Rules:
+    """Rules from ``vllm_xargs`` (``extra_args`` offline) and the prompt's token ids. Raises a 400."""
+    if not any(name in options for name in RULES):
+        return NO_RULES
+    catalogue = service.catalogue
+    excluded, unknown = _known(catalogue, _item_list(options, "exclude_items"))
+    allowed = None
+    if "allow_items" in options:
+        try:
+            allowed = np.array(catalogue.rows(_item_list(options, "allow_items")), np.int64)
+        except UnknownItemError as error:
+            raise bad_request("allow_items", f"{error}; leave it out or publish a catalogue that holds it") from None
+    exclude_history = options.get("exclude_history", False)
+    if exclude_history not in (True, False):
+        raise bad_request("exclude_history", f"exclude_history must be true or false, got {exclude_history!r}")
+    if exclude_history:
+        excluded = np.concatenate([excluded, seen_rows(service, history)])
+    min_score = options.get("min_score")
+    if min_score is not None and (type(min_score) not in (int, float) or not np.isfinite(min_score)):
+        raise bad_request("min_score", f"min_score must be a number, got {min_score!r}")
+    return Rules(eligibility(catalogue, allowed, excluded), min_score, unknown)
+
+
+def seen_rows(service: Service, history: Sequence[int]) -> np.ndarray:
+    """Rows of the items in a history: those its text named, and all items of the semantic IDs it otherwise has."""
+    catalogue, levels = service.catalogue, service.num_levels
+    named = _known(catalogue, ITEM.findall(getattr(history, "text", "")))[0]
+    tokens = np.asarray(history, np.int64)
+    if len(tokens) < levels:
+        return named
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, levels) - np.asarray(service.code_token_offsets)
+    codes = windows[((windows >= 0) & (windows < np.asarray(catalogue.codec.codebook_sizes))).all(1)]
+    keys = np.unique(catalogue.codec.key(codes))
+    at = np.searchsorted(catalogue.keys, keys)
+    found = at[(at < len(catalogue.keys)) & (catalogue.keys[np.minimum(at, len(catalogue.keys) - 1)] == keys)]
+    others = np.setdiff1d(found, positions_of(catalogue, named))
+    return np.concatenate([named, rows_of_positions(catalogue, others)])
+
+
+def _item_list(options: Mapping[str, Any], name: str) -> list[str]:
+    items = options.get(name, [])
+    if not isinstance(items, (list, tuple)) or not all(type(item) in (str, int) for item in items):
+        raise bad_request(name, f"{name} must be a list of item IDs")
+    if len(items) > MAX_ITEMS:
+        raise bad_request(name, f"{name} has {len(items)} items; send at most {MAX_ITEMS}")
+    return [str(item) for item in items]
+
+
+def _known(catalogue: Catalogue, items: Iterable[str]) -> tuple[np.ndarray, int]:
+    """Rows of the items that the catalogue holds, and how many it does not hold."""
+    rows: list[int] = []
+    unknown = 0
+    items = list(items)
+    try:
+        return np.array(catalogue.rows(items), np.int64), 0
+    except UnknownItemError:
+        pass
+    for item in items:
+        try:
+            rows.append(catalogue.row(item))
+        except UnknownItemError:
+            unknown += 1
+    return np.array(rows, np.int64), unknown

@@ -1,0 +1,122 @@
+"""Rules of a request: the answer is the one of a catalogue that holds the eligible items alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_beam_search import Case, answer, cases
+
+from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.draft_head import Eligible, reference_beam_search
+from nezha_vllm.eligibility import eligibility
+
+SIZES = [4, 5]
+NAMES = [f"i{number}" for number in range(12)]
+
+
+@pytest.fixture
+def catalogue() -> Catalogue:
+    """Twelve items on eight semantic IDs: three share the first, two each of two others."""
+    codes = [[0, 0]] * 3 + [[0, 3]] * 2 + [[1, 1]] * 2 + [[1, 2], [2, 0], [2, 4], [3, 3], [3, 4]]
+    return Catalogue.build(NAMES, np.array(codes), SIZES)
+
+
+@given(cases(max_keys=300), st.data())
+def test_a_search_under_rules_equals_the_search_of_the_eligible_catalogue(case: Case, data: st.DataObject) -> None:
+    count, requests = len(case.keys), len(case.widths)
+    only = data.draw(st.booleans())
+    chosen = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=count, unique=True).map(sorted))
+    listed = np.zeros(count, bool)
+    listed[chosen] = True
+    kept = np.flatnonzero(listed == only)
+    rule = Eligible(torch.tensor(chosen), only)
+    found = reference_beam_search(
+        case.head,
+        case.hidden_NSH,
+        torch.from_numpy(case.keys),
+        torch.tensor(case.widths),
+        torch.tensor(case.stepwise),
+        eligible=[rule if request % 2 == 0 else None for request in range(requests)],
+    )
+    everything = case.search()
+    for request in range(requests):
+        if request % 2:
+            assert answer(found, request) == answer(everything, request)
+        elif len(kept) == 0:
+            assert int(found.valid_N[request]) == 0
+        else:
+            expected = answer(case.search(keys=case.keys[kept]), request)
+            expected.index = kept[expected.index].tolist()
+            assert answer(found, request) == expected
+
+
+def test_an_excluded_item_does_not_hide_those_that_share_its_id(catalogue: Catalogue) -> None:
+    rows = np.array(catalogue.rows(["i0", "i3", "i4"]))
+    rule = eligibility(catalogue, None, rows)
+    assert not rule.only
+    assert rule.positions.tolist() == [1]  # [0, 3] has lost both of its items, [0, 0] one of three
+    kept = rule.keeps(np.arange(12))
+    assert [catalogue.item_id(row) for row in np.flatnonzero(kept)] == [n for n in NAMES if n not in ("i0", "i3", "i4")]
+
+
+def test_allowed_items_without_excluded_ones(catalogue: Catalogue) -> None:
+    allowed, excluded = (np.array(catalogue.rows(names)) for names in (["i1", "i5", "i6", "i9"], ["i5", "i9"]))
+    rule = eligibility(catalogue, allowed, excluded)
+    assert rule.only
+    assert [catalogue.item_id(row) for row in rule.rows] == ["i1", "i6"]
+    assert rule.positions.tolist() == [0, 2]
+    assert eligibility(catalogue, None, np.empty(0, np.int64)) is None
+
+
+@pytest.fixture
+def service(catalogue: Catalogue) -> SimpleNamespace:
+    return SimpleNamespace(catalogue=catalogue, num_levels=2, code_token_offsets=(10, 20))
+
+
+def test_a_history_is_its_named_items_and_whole_ids_elsewhere(service: SimpleNamespace) -> None:
+    pytest.importorskip("vllm")
+    from nezha_vllm.frontend.rules import PromptTokens, seen_rows
+
+    tokens = [7, 10, 20, 11, 21, 13, 99]  # something, [0, 0], [1, 1], half an ID, a placeholder
+    names = [service.catalogue.item_id(row) for row in seen_rows(service, tokens)]
+    assert sorted(names) == ["i0", "i1", "i2", "i5", "i6"]
+    named = PromptTokens(tokens)
+    named.text = "<item:i1><b_1>"
+    names = [service.catalogue.item_id(row) for row in seen_rows(service, named)]
+    assert sorted(names) == ["i1", "i5", "i6"]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"exclude_items": "i1"}, "exclude_items"),
+        ({"exclude_items": [1.5]}, "exclude_items"),
+        ({"exclude_items": ["i1"] * 100_001}, "exclude_items"),
+        ({"allow_items": ["i1", "nobody"]}, "allow_items"),
+        ({"exclude_history": "yes"}, "exclude_history"),
+        ({"min_score": "low"}, "min_score"),
+        ({"min_score": float("nan")}, "min_score"),
+        ({"min_score": True}, "min_score"),
+    ],
+)
+def test_rules_that_cannot_be_read_are_refused_by_name(service: SimpleNamespace, options: dict, name: str) -> None:
+    exceptions = pytest.importorskip("vllm.exceptions")
+    from nezha_vllm.frontend.rules import read_rules
+
+    with pytest.raises(exceptions.VLLMValidationError) as error:
+        read_rules(service, options, [])
+    assert error.value.parameter == name
+
+
+def test_unknown_items_to_exclude_are_counted(service: SimpleNamespace) -> None:
+    pytest.importorskip("vllm")
+    from nezha_vllm.frontend.rules import read_rules
+
+    rules = read_rules(service, {"exclude_items": ["nobody", "i1", 5]}, [])
+    assert rules.unknown == 2
+    assert len(rules.eligible.rows) == 1
