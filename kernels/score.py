@@ -8,8 +8,9 @@ from .validity import has_child
 
 @triton.jit
 def score_children(
-    logits, bias, scores, prefixes, lows, highs, stepwise, counts, keys, table, log_probs, maxima, group_maxima,
-    logit_stride, bias_stride, size, suffix, groups,
+    logits, bias, scores, prefixes, lows, highs, asked, positions, counts, keys, table,
+    log_probs, maxima, group_maxima,
+    num_requests, logit_stride, bias_stride, size, suffix, groups,
     K: tl.constexpr, ROOT: tl.constexpr, IN_TABLE: tl.constexpr,
     BLOCK: tl.constexpr, FAN: tl.constexpr,
 ):  # fmt: skip
@@ -38,11 +39,16 @@ def score_children(
         log_p = shifted - tl.log(tl.sum(tl.exp(shifted), 0))
         # + 0.0 makes a zero positive; whatever is no number is no candidate
         log_p = tl.where(log_p == log_p, log_p + 0.0, float("-inf"))
-        if tl.load(stepwise + request) != 0:
+        if tl.load(asked + num_requests + request) != 0:
             prefix = tl.load(prefixes + row)
             low, high = tl.load(lows + row), tl.load(highs + row)
             inside = tl.minimum(codes, size - 1)
-            valid = has_child(keys, table, prefix, low, high, inside, size, suffix, IN_TABLE)
+            rule = tl.load(asked + 3 * num_requests + request)
+            begin = tl.load(asked + 4 * num_requests + request)
+            end = tl.load(asked + 5 * num_requests + request)
+            valid = has_child(
+                keys, table, prefix, low, high, inside, size, suffix, rule, positions, begin, end, IN_TABLE
+            )
             log_p = tl.where(valid, log_p, float("-inf"))
         first = row.to(tl.int64) * groups
         tl.store(log_probs + first * (FAN * FAN) + codes, log_p, mask=codes < groups * (FAN * FAN))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .order import DEAD, ordered, ordered_at, places, threshold
-from .validity import child_range
+from .validity import any_eligible, child_range
 
 
 @triton.jit
@@ -56,15 +56,16 @@ def select_beams(
     log_probs, maxima, group_maxima, chosen, values,
     counts, scores, prefixes, lows, highs, history,
     new_counts, new_scores, new_prefixes, new_lows, new_highs, new_history, parents, codes,
-    widths, keys, table, out,
-    size, suffix, groups, rows, out_stride,
+    asked, positions, keys, table, out,
+    num_requests, size, suffix, groups, rows, out_stride,
     K: tl.constexpr, L: tl.constexpr, LEVEL: tl.constexpr, IN_TABLE: tl.constexpr, FAN: tl.constexpr,
     BLOCK: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """One program a request: from the candidates of level LEVEL (from 0) to its beams, or to the answer.
 
     Beams are rows [N · K] of counts [N], scores, prefixes, lows and highs (the keys below a prefix), history [N · K, L]
-    (log p of each level so far); ``new_*`` are those of the children, with their parents and codes. widths int32 [N].
+    (log p of each level so far); ``new_*`` are those of the children, with their parents and codes. asked int32
+    [6, N] and positions are those of `Plan.search`.
     BLOCK values are looked at in one go; ONE says that there are never more. ``chosen`` int32 [4, rows] and ``values``
     float32 [N · K · FAN] are scratch.
     At the last level ``out`` int32 [N, 2 + K · (1 + L)] gets how many beams are items, how many were finished, and
@@ -72,7 +73,7 @@ def select_beams(
     """
     request = tl.program_id(0)
     first = request.to(tl.int64) * K
-    width = tl.minimum(tl.load(widths + request), K)
+    width = tl.minimum(tl.load(asked + request), K)
     row_size = groups * (FAN * FAN)
     log_probs += first * row_size
     values += first * FAN
@@ -118,7 +119,10 @@ def select_beams(
         tl.store(new_history + (first + beam) * L + level, past, mask=alive)
     if LEVEL + 1 == L:
         tl.debug_barrier()
-        valid = alive & (low < high)
+        rule = tl.load(asked + 3 * num_requests + request)
+        begin = tl.load(asked + 4 * num_requests + request)
+        end = tl.load(asked + 5 * num_requests + request)
+        valid = alive & any_eligible(low, high, rule, positions, begin, end)
         key = tl.where(valid, ordered(total), DEAD).to(tl.int64)
         # descending by score, then by place: one ascending sort of both in one integer
         rank = tl.sort((-key << 32) + beam, 0)

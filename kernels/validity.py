@@ -22,20 +22,41 @@ def lower_bound(keys, low, high, target):
 
 
 @triton.jit
-def has_child(keys, table, prefix, low, high, codes, size, suffix, IN_TABLE: tl.constexpr):
-    """Whether each of a prefix's ``codes`` leads to a key.
+def any_eligible(low, high, rule, positions, begin, end):
+    """Whether some of the keys [low, high) may be taken under a request's rule.
+
+    rule 0: all; 1: those at positions[begin:end] alone; 2: all but those. ``positions`` int32, ascending.
+    """
+    found = low < high
+    if rule != 0:
+        first = begin + tl.zeros_like(low)
+        last = end + tl.zeros_like(low)
+        listed = lower_bound(positions, first, last, high) - lower_bound(positions, first, last, low)
+        found = tl.where(rule == 1, listed > 0, listed < high - low)
+    return found
+
+
+@triton.jit
+def has_child(
+    keys, table, prefix, low, high, codes, size, suffix, rule, positions, begin, end, IN_TABLE: tl.constexpr
+):  # fmt: skip
+    """Whether each of a prefix's ``codes`` leads to a key that the request's rule allows.
 
     ``prefix`` (int64 scalar) covers keys[low:high]; ``size`` is T of the level, ``suffix`` the keys below one child.
     With ``IN_TABLE``, table[p] is the lower bound of child prefix p of this level.
     """
     child = prefix * size + codes
     if IN_TABLE:
-        found = tl.load(table + child + 1) > tl.load(table + child)
+        first = tl.load(table + child)
+        behind = tl.load(table + child + 1)
     else:
         first = lower_bound(keys, low + tl.zeros_like(codes), high + tl.zeros_like(codes), child * suffix)
         inside = first < high
-        found = inside & (tl.load(keys + first, mask=inside, other=0) < (child + 1) * suffix)
-    return found
+        one = inside & (tl.load(keys + first, mask=inside, other=0) < (child + 1) * suffix)
+        behind = first + one.to(tl.int32)
+        if rule != 0:
+            behind = lower_bound(keys, first, high + tl.zeros_like(codes), (child + 1) * suffix)
+    return any_eligible(first, behind, rule, positions, begin, end)
 
 
 @triton.jit

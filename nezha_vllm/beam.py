@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,12 +60,12 @@ class BeamSearch:
     ) -> Beams:
         """Search N requests; ``widths``, ``stepwise`` and ``eligible`` are the beam width, mode and rule of each.
 
-        ``hidden_NSH`` are the backbone's hidden states after its final norm, S = L + 1, any floating dtype. The kernels
-        know no rules yet: batches with one, or with widths over ``MAX_BEAM_WIDTH``, are searched by the reference.
+        ``hidden_NSH`` are the backbone's hidden states after its final norm, S = L + 1, any floating dtype. Widths over
+        ``MAX_BEAM_WIDTH`` are searched by the reference.
         """
         hidden_NSH = hidden_NSH.to(self.head.logit_heads[0].weight.dtype)
         rules = list(eligible) if eligible is not None else [None] * len(widths)
-        use_kernels = self.plan is not None and max(widths) <= MAX_BEAM_WIDTH and not any(rules)
+        use_kernels = self.plan is not None and max(widths) <= MAX_BEAM_WIDTH
         search, step = self._kernel_slices(widths) if use_kernels else self._reference_slices(widths)
         slices = [slice(start, start + step) for start in range(0, len(widths), step)]
         parts = [search(hidden_NSH[part], widths[part], stepwise[part], rules[part]) for part in slices]
@@ -81,7 +82,7 @@ class BeamSearch:
         return search, max(1, MAX_SCORES // (max(widths) * max(self.head.codebook_sizes)))
 
     def _kernel_slices(self, widths: Sequence[int]) -> tuple:
-        from nezha_vllm.triton_search import MAX_ROWS, Workspace, width_bucket
+        from nezha_vllm.triton_search import ALL, ALL_BUT, MAX_ROWS, ONLY, Workspace, width_bucket
 
         plan = self.plan
         assert plan is not None
@@ -90,11 +91,16 @@ class BeamSearch:
         work = Workspace(plan, step * bucket, step)
         num_levels = self.head.num_levels
 
-        def search(hidden_NSH: Tensor, widths: Sequence[int], stepwise: Sequence[bool], _: list) -> Beams:
-            rows = [widths, [int(flag) for flag in stepwise], [1] * len(widths)]
-            requests_3N = torch.tensor(rows, dtype=torch.int32, device=hidden_NSH.device)
-            out = requests_3N.new_empty(len(widths), 2 + bucket * (1 + num_levels))
-            plan.search(work, hidden_NSH.contiguous(), requests_3N, out, bucket)
+        def search(hidden_NSH: Tensor, widths: Sequence[int], stepwise: Sequence[bool], rules: list) -> Beams:
+            kinds, lists = [], []
+            for rule in rules:
+                kinds.append(ALL if rule is None else ONLY if rule.only else ALL_BUT)
+                lists.append(self.keys_M[:0] if rule is None else rule.positions)
+            ends = list(accumulate(map(len, lists)))
+            rows = [widths, [int(flag) for flag in stepwise], [1] * len(widths), kinds, [0, *ends[:-1]], ends]
+            options_6N = torch.tensor(rows, dtype=torch.int32, device=hidden_NSH.device)
+            out = options_6N.new_empty(len(widths), 2 + bucket * (1 + num_levels))
+            plan.search(work, hidden_NSH.contiguous(), options_6N, out, bucket, torch.cat(lists).int())
             return beams_of(out, num_levels, max(widths))
 
         return search, step

@@ -26,6 +26,7 @@ WIDTHS = tuple(16 << step for step in range(9))  # the K a launch can have: 16 t
 # Prefix tables may hold this many lower bounds or twice as many as there are keys: 8 MB for small catalogues.
 MIN_TABLE = 1 << 21
 IN_ONE_GO = 16_384  # values that one program keeps in registers while it searches for a threshold
+ALL, ONLY, ALL_BUT = 0, 1, 2  # kinds of rules
 FEW = 4  # requests up to which what depends on them alone is computed without matrix units
 FEW_TILE, TILE = 8, 32  # rows of weights a program then multiplies, and otherwise
 LIBRARY_ROWS = 2048  # beams from which cuBLAS is ahead of our kernel: 454 against 540 µs at 32,768
@@ -165,25 +166,36 @@ class Plan:
         lows = torch.arange(num_prefixes + 1, device=self.keys.device) * suffix
         return torch.searchsorted(self.keys, lows, out_int32=True)
 
-    def search(self, work: Workspace, hidden_NSH: Tensor, requests_3N: Tensor, out: Tensor, width: int) -> None:
+    def search(
+        self,
+        work: Workspace,
+        hidden_NSH: Tensor,
+        options_6N: Tensor,
+        out: Tensor,
+        width: int,
+        positions: Tensor | None = None,
+    ) -> None:
         """Launch the search of N requests; ``out`` int32 [N, 2 + K · (1 + L)] gets what `select_beams` describes.
 
         Args:
             hidden_NSH: contiguous, of the weights' dtype.
-            requests_3N: int32, three rows: the beam width of each request, at most ``width``; 1 for stepwise validity,
-                0 for final; 1 for a request, 0 for a row that is to be left out.
+            options_6N: int32, contiguous, a row an option: the beam width of each request, at most ``width``; 1 for
+                stepwise validity, 0 for final; 1 for a request, 0 for a row that is to be left out; its rule, 0 for
+                none, 1 for only the semantic IDs at positions[begin:end], 2 for all but those; begin; end.
             width: K, a `width_bucket`.
+            positions: int32, positions among the keys, ascending within each rule; None if there are no rules.
         """
+        assert options_6N.is_contiguous(), "kernels count on rows of N numbers"
+        positions = options_6N if positions is None else positions
         num_requests = len(hidden_NSH)
         rows = num_requests * width
-        widths_N, stepwise_N, counts_N = requests_3N.unbind()
-        parents = replace(work.beams[0], counts=counts_N)
+        parents = replace(work.beams[0], counts=options_6N[2])
         self._request_products(work, hidden_NSH)
         for index in range(len(self.levels)):
             children = work.beams[1 + index % 2]
             if index > 0:
                 self._beam_products(work, index, rows, width, parents)
-            self._select(work, index, num_requests, width, parents, children, widths_N, stepwise_N, out)
+            self._select(work, index, num_requests, width, parents, children, options_6N, positions, out)
             if index + 1 < len(self.levels):
                 self._states(work, index, rows, width, children)
             parents = children
@@ -281,8 +293,8 @@ class Plan:
         width: int,
         parents: _Beams,
         children: _Beams,
-        widths_N: Tensor,
-        stepwise_N: Tensor,
+        options_6N: Tensor,
+        positions: Tensor,
         out: Tensor,
     ) -> None:
         level, root = self.levels[index], index == 0
@@ -298,13 +310,15 @@ class Plan:
             parents.prefixes,
             parents.lows,
             parents.highs,
-            stepwise_N,
+            options_6N,
+            positions,
             parents.counts,
             self.keys,
             table,
             work.logits,
             work.maxima,
             work.group_maxima,
+            num_requests,
             work.by_request.stride(0) if root else shape.row_size,
             work.by_request.stride(0),
             level.size,
@@ -342,10 +356,12 @@ class Plan:
             children.history,
             work.parents,
             work.codes,
-            widths_N,
+            options_6N,
+            positions,
             self.keys,
             table,
             out,
+            num_requests,
             level.size,
             level.suffix,
             groups,

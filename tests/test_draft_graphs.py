@@ -35,9 +35,11 @@ def make_step(rng: np.random.Generator, count: int) -> Step:
 
 
 def launch(graphs, step: Step):
+    from nezha_vllm.engine.draft_graphs import Options
+
     widths, rows, states = step
     launches = graphs.launches(widths)
-    graphs.stage(launches, rows, [(width, 1) for width in widths])
+    graphs.stage(launches, rows, [Options(width, True) for width in widths])
     found, start = [], 0
     for one in launches:
         beams = graphs.run(one, states)

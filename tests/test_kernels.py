@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from strategies import key_sets
 
 from nezha_vllm import beam
-from nezha_vllm.draft_head import Beams, DraftHead, reference_beam_search
+from nezha_vllm.draft_head import Beams, DraftHead, Eligible, reference_beam_search
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -53,19 +53,20 @@ class Case:
     hidden_NSH: torch.Tensor
     widths: list[int]
     stepwise: list[bool]
+    rules: list[Eligible | None] | None = None
 
     def reference(self) -> Beams:
         widths_N = torch.tensor(self.widths, device=DEVICE)
         stepwise_N = torch.tensor(self.stepwise, device=DEVICE)
-        return reference_beam_search(self.head, self.hidden_NSH, self.keys_M, widths_N, stepwise_N)
+        return reference_beam_search(self.head, self.hidden_NSH, self.keys_M, widths_N, stepwise_N, eligible=self.rules)
 
     def search(self, left_out: int = 0) -> Beams:
         """Through the kernels; ``left_out`` rows at the end belong to no request."""
         plan, bucket, count = Plan(self.head, self.keys_M), width_bucket(max(self.widths)), len(self.widths)
         rows = [self.widths, [int(flag) for flag in self.stepwise], [1] * (count - left_out) + [0] * left_out]
-        requests_3N = torch.tensor(rows, dtype=torch.int32, device=DEVICE)
+        options_6N = torch.tensor([*rows, *[[0] * count] * 3], dtype=torch.int32, device=DEVICE)
         out = torch.full((count, 2 + bucket * (1 + self.head.num_levels)), 123456, dtype=torch.int32, device=DEVICE)
-        plan.search(Workspace(plan, count * bucket, count), self.hidden_NSH, requests_3N, out, bucket)
+        plan.search(Workspace(plan, count * bucket, count), self.hidden_NSH, options_6N, out, bucket)
         assert not (out == 123456).any(), "every word of the answer is written"
         return beam.beams_of(out, self.head.num_levels, bucket)
 
@@ -224,6 +225,35 @@ def test_the_door_takes_the_kernels_and_cuts_large_batches(monkeypatch):
     assert search.plan is not None
     monkeypatch.setattr(triton_search, "MAX_ROWS", 64)  # two requests a launch
     assert_same(search(case.hidden_NSH, case.widths, case.stepwise), case.reference())
+
+
+@pytest.mark.parametrize("tables", [True, False], ids=["tables", "binary search"])
+def test_rules_of_each_request_hold_inside_the_beam(monkeypatch, tables):
+    if not GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if not tables:
+        monkeypatch.setattr(triton_search.Plan, "_table", lambda *_: None)
+    case = make((16, 24, 32), 900, [30, 30, 12, 30, 30, 5], [True, True, True, False, True, True])
+    count, rng = len(case.keys_M), np.random.default_rng(1)
+
+    def listed(size: int) -> torch.Tensor:
+        return torch.from_numpy(np.sort(rng.choice(count, size, replace=False))).to(DEVICE)
+
+    everything = torch.arange(count, device=DEVICE)
+    best = case.reference().index_NK[1].sort().values
+    case.rules = [
+        None,
+        Eligible(best[best >= 0], only=False),
+        Eligible(listed(40), only=True),
+        Eligible(listed(500), only=False),
+        Eligible(everything[:0], only=True),
+        Eligible(everything[:-2], only=False),
+    ]
+    search = beam.BeamSearch(case.head, case.keys_M)
+    assert search.plan is not None
+    found, expected = search(case.hidden_NSH, case.widths, case.stepwise, case.rules), case.reference()
+    assert_same(found, expected)
+    assert found.valid_N.tolist()[4:] == [0, 2]
 
 
 @pytest.mark.gpu

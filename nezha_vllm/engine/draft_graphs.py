@@ -1,8 +1,8 @@
 """The draft stage on a GPU: every batch is cut into launches of fixed shapes, each one CUDA graph.
 
 A shape is N requests of K beams; requests of similar width share a launch, rows that none needs are left out by the
-kernels. Nothing here waits for the GPU: options go in and beams come out through pinned memory, in ring buffers deep
-enough for the steps in flight.
+kernels, and rules are positions among the keys in a buffer that all launches of a step share. Nothing here waits for
+the GPU: options go in and beams come out through pinned memory, in ring buffers deep enough for the steps in flight.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nezha_vllm.triton_search import MAX_ROWS, Plan, Workspace
+from nezha_vllm.triton_search import ALL, MAX_ROWS, Plan, Workspace
 
 RING = 4  # steps whose buffers may be in use: two in flight, and room to spare
+MAX_POSITIONS = 1 << 20  # semantic IDs in the rules of one step, 4 MB
+OPTIONS = 6  # numbers a request: see `Plan.search`
 WIDTHS = (16, 64, 256, 512, 1024, 2048, 4096)  # each costs compilation once, and at start-up a graph a batch size
 
 
@@ -28,6 +30,16 @@ class Launch:
     size: int
     width: int
     start: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a request asks of its search; ``positions`` int32 belong to its ``rule``."""
+
+    width: int
+    stepwise: bool
+    rule: int = ALL
+    positions: np.ndarray | None = None
 
 
 @dataclass
@@ -55,11 +67,13 @@ class DraftGraphs:
         most = max(size for size, _ in shapes)
         self.workspace = Workspace(plan, max(size * width for size, width in shapes), most)
         self.hidden_NSH = torch.zeros(most, self.num_states, hidden_size, dtype=plan.weights.dtype, device=device)
-        self.requests_3N = torch.zeros(3, most, dtype=torch.int32, device=device)
+        self.options_6N = torch.zeros(OPTIONS, most, dtype=torch.int32, device=device)
+        self.positions = torch.zeros(MAX_POSITIONS, dtype=torch.int32, device=device)
         self.out = torch.zeros(max(size * self._row(width) for size, width in shapes), dtype=torch.int32, device=device)
         # a step's requests, each launch rounded up to its size: fewer than twice as many, and one launch a width more
-        staged = (2 * max_requests + len(self.widths)) * (self.num_states + 3)
+        staged = (2 * max_requests + len(self.widths)) * (self.num_states + OPTIONS)
         self.staging = torch.zeros(staged, dtype=torch.int32, device=device)
+        self.host_positions = [torch.zeros(MAX_POSITIONS, dtype=torch.int32).pin_memory() for _ in range(RING)]
         self.host_staging = [torch.zeros(staged, dtype=torch.int32).pin_memory() for _ in range(RING)]
         room = max(self._row(width) * max_requests for width in self.widths)
         self.host_out = [torch.zeros(room, dtype=torch.int32).pin_memory() for _ in range(RING)]
@@ -67,19 +81,24 @@ class DraftGraphs:
         self.stream = torch.cuda.Stream()  # of all captures: cuBLAS keeps a workspace a stream
         self.graphs = {shape: self._capture(*shape) for shape in sorted(shapes, reverse=True)}
 
+    @property
+    def room_for_positions(self) -> int:
+        """How many positions the rules of a step may have together."""
+        return MAX_POSITIONS
+
     def _row(self, width: int) -> int:
         return 2 + width * (1 + self.num_levels)
 
     def _capture(self, size: int, width: int) -> _Graph:
         out = self.out[: size * self._row(width)].view(size, self._row(width))
-        requests_3N = self.requests_3N.view(-1)[: 3 * size].view(3, size)
+        options_6N = self.options_6N.view(-1)[: OPTIONS * size].view(OPTIONS, size)
 
         def search() -> None:
-            self.plan.search(self.workspace, self.hidden_NSH[:size], requests_3N, out, width)
+            self.plan.search(self.workspace, self.hidden_NSH[:size], options_6N, out, width, self.positions)
 
         # with real numbers, which the kernels' loops depend on: all beams of random states
         self.hidden_NSH.normal_()
-        requests_3N.fill_(1)[0].fill_(width)
+        options_6N.zero_()[:3].fill_(1)[0].fill_(width)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             search()  # compiles
@@ -101,33 +120,42 @@ class DraftGraphs:
                 part = rows[first : first + most]
                 size = 1 << (len(part) - 1).bit_length()
                 found.append(Launch(part, size, width, start))
-                start += size * (self.num_states + 3)
+                start += size * (self.num_states + OPTIONS)
         return found
 
-    def stage(self, launches: Sequence[Launch], last_rows: Sequence[int], requests: Sequence[tuple[int, int]]) -> None:
-        """Bring where each request's states are, its width and its mode to the device: one copy a step."""
+    def stage(self, launches: Sequence[Launch], last_rows: Sequence[int], requests: Sequence[Options]) -> None:
+        """Bring where each request's states are and its options to the device: one copy a step, two with rules.
+
+        The positions of all rules together are at most MAX_POSITIONS.
+        """
         self.turn = (self.turn + 1) % RING
-        host = self.host_staging[self.turn]
-        values = host.numpy()
-        end = 0
+        host, host_positions = self.host_staging[self.turn], self.host_positions[self.turn]
+        values, positions = host.numpy(), host_positions.numpy()
+        end = used = 0
         for launch in launches:
-            end = launch.start + launch.size * (self.num_states + 3)
+            end = launch.start + launch.size * (self.num_states + OPTIONS)
             part = values[launch.start : end]
             part[:] = 0
-            states = part[3 * launch.size :].reshape(launch.size, self.num_states)
+            options = part[: OPTIONS * launch.size].reshape(OPTIONS, launch.size)
+            states = part[OPTIONS * launch.size :].reshape(launch.size, self.num_states)
             for place, row in enumerate(launch.rows):
-                width, stepwise = requests[row]
-                part[place], part[launch.size + place], part[2 * launch.size + place] = width, stepwise, 1
-                last = last_rows[row]
+                asked, last = requests[row], last_rows[row]
+                begin = used
+                if asked.positions is not None:
+                    used += len(asked.positions)
+                    positions[begin:used] = asked.positions
+                options[:, place] = (asked.width, asked.stepwise, 1, asked.rule, begin, used)
                 states[place] = np.arange(last + 1 - self.num_states, last + 1)
         self.staging[:end].copy_(host[:end], non_blocking=True)
+        if used:
+            self.positions[:used].copy_(host_positions[:used], non_blocking=True)
 
     def run(self, launch: Launch, states: Tensor) -> Tensor:
         """Beams of a staged launch, int32 [requests, 2 + K · (1 + L)], until the next launch overwrites them."""
-        staged = self.staging[launch.start : launch.start + launch.size * (self.num_states + 3)]
-        self.requests_3N.view(-1)[: 3 * launch.size].copy_(staged[: 3 * launch.size])
+        staged = self.staging[launch.start : launch.start + launch.size * (self.num_states + OPTIONS)]
+        self.options_6N.view(-1)[: OPTIONS * launch.size].copy_(staged[: OPTIONS * launch.size])
         hidden = self.hidden_NSH[: launch.size].view(-1, self.hidden_NSH.shape[2])
-        torch.index_select(states, 0, staged[3 * launch.size :], out=hidden)
+        torch.index_select(states, 0, staged[OPTIONS * launch.size :], out=hidden)
         captured = self.graphs[launch.size, launch.width]
         captured.graph.replay()
         return captured.out[: len(launch.rows)]

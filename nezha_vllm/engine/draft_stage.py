@@ -18,7 +18,7 @@ from nezha_vllm.draft_head import Beams, DraftHead, Eligible
 from nezha_vllm.engine.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from nezha_vllm.engine.draft_graphs import DraftGraphs
+    from nezha_vllm.engine.draft_graphs import DraftGraphs, Options
 
 REQUEST_KEY = "nezha"
 
@@ -32,6 +32,20 @@ class Search:
     stepwise: bool
     only: bool = False  # of the rule, if there are positions: see `Eligible`; int32, as bytes
     positions: bytes | None = None
+
+    @property
+    def listed(self) -> np.ndarray:
+        """Positions of its rule, int32."""
+        return np.frombuffer(self.positions or b"", np.int32)
+
+    def options(self) -> Options:
+        """The same for a launch on a GPU."""
+        from nezha_vllm.engine.draft_graphs import Options
+        from nezha_vllm.triton_search import ALL, ALL_BUT, ONLY
+
+        if self.positions is None:
+            return Options(self.beam_width, self.stepwise, ALL)
+        return Options(self.beam_width, self.stepwise, ONLY if self.only else ALL_BUT, self.listed)
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None) -> Search | None:
@@ -109,18 +123,24 @@ class DraftStage:
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Rows of the searches that are there and their beams, launch after launch."""
         assert self.graphs is not None
-        there = [row for row, search in enumerate(searches) if search is not None and search.positions is None]
-        active = [search for search in searches if search is not None and search.positions is None]
-        launches = self.graphs.launches([search.beam_width for search in active])
-        options = [(search.beam_width, int(search.stepwise)) for search in active]
+        there, options, apart, room = [], [], [], self.graphs.room_for_positions
+        for row, search in enumerate(searches):
+            if search is None:
+                continue
+            room -= len(search.listed)
+            if room < 0:  # rules of a million IDs in one step: rather late than never
+                room += len(search.listed)
+                apart.append((row, search))
+            else:
+                there.append(row)
+                options.append(search.options())
+        launches = self.graphs.launches([asked.width for asked in options])
         self.graphs.stage(launches, [int(last_rows[row]) for row in there], options)
         for launch in launches:
             yield [there[row] for row in launch.rows], self.graphs.run(launch, states)
-        for row, search in enumerate(searches):
-            if search is not None and search.positions is not None:
-                last = int(last_rows[row])
-                hidden_1SH = states[last + 1 - self.num_states : last + 1][None]
-                yield [row], answer_of(self._search(hidden_1SH, [search]))
+        for row, search in apart:
+            last = int(last_rows[row])
+            yield [row], answer_of(self._search(states[last + 1 - self.num_states : last + 1][None], [search]))
 
     def _search(self, hidden_NSH: Tensor, searches: Sequence[Search]) -> Beams:
         rules = [self._rule(search) for search in searches]
@@ -129,7 +149,7 @@ class DraftStage:
     def _rule(self, search: Search) -> Eligible | None:
         if search.positions is None:
             return None
-        positions = torch.from_numpy(np.frombuffer(search.positions, np.int32).astype(np.int64))
+        positions = torch.from_numpy(search.listed.astype(np.int64))
         return Eligible(positions.to(self.beam_search.keys_M.device), search.only)
 
     def _width(self, searches: Sequence[Search | None]) -> int:
