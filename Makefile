@@ -11,14 +11,15 @@ DONE := $(VENV)/.done
 LOGS := build/logs
 PIP := $(BIN)/python -m pip install --no-input --no-compile
 
-.PHONY: help demo serve test lint install clean
+.PHONY: help demo serve test test-gpu lint install clean
 
 help:
-	@echo "make demo    MovieLens 100K: build semantic IDs, train, evaluate, serve, recommend"
-	@echo "make serve   leave the demo's server up on port $(PORT) (PORT=… for another)"
-	@echo "make test    all CPU tests"
-	@echo "make lint    ruff and mypy"
-	@echo "make clean   remove the demo's results; the virtual environment stays"
+	@echo "make demo      MovieLens 100K: build semantic IDs, train, evaluate, serve, recommend"
+	@echo "make serve     leave the demo's server up on port $(PORT) (PORT=… for another)"
+	@echo "make test      all CPU tests"
+	@echo "make test-gpu  the tests that need an NVIDIA GPU"
+	@echo "make lint      ruff and mypy"
+	@echo "make clean     remove the demo's results; the virtual environment stays"
 
 demo: install
 	@$(BIN)/nezha demo --folder $(DEMO)
@@ -29,6 +30,9 @@ serve: install
 
 test: install $(DONE)/dev
 	@$(BIN)/pytest -m "not gpu"
+
+test-gpu: install $(DONE)/dev
+	@$(BIN)/pytest -m gpu -s
 
 # Type checking reads installed libraries, so lint stands on the same environment as the tests.
 lint: install $(DONE)/dev
