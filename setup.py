@@ -33,7 +33,12 @@ setup(
     extras_require={
         "train": ["accelerate>=1.1", "scikit-learn>=1.4", "scipy>=1.11"],
         "client": ["openai>=1.50"],
-        "dev": ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6"],
+        "bench": ["aiohttp", "matplotlib>=3.8", "pandas>=2"],
+        "dev": [
+            *("hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6"),
+            *("matplotlib>=3.8", "pandas>=2"),  # tests of benchmarks/
+            "triton>=3.5; platform_system == 'Linux'",  # the kernels' tests run in its interpreter
+        ],
     },
     entry_points=PLUGIN,
 )

@@ -80,8 +80,7 @@ def median_us(action: Action, count: int, before: Action | None = None, warm_up_
 def kernel_us(action: Action, count: int = 20, before: Action | None = None) -> list[tuple[str, float]]:
     """Name and median µs of each kernel of ``action``, in their order.
 
-    Durations by the profiler are those of kernels that do not overlap: capture ``action`` with overlapping launches
-    off. Raises ``RuntimeError`` if calls differ in their kernels.
+    Meaningful for kernels that do not overlap. Raises ``RuntimeError`` if calls differ in their kernels.
     """
     events = _profiled(action, 1)
     found = _profiled(lambda: (before and before(), action()), count)

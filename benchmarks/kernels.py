@@ -5,8 +5,8 @@ python -m benchmarks.kernels --items 10000 57288 1000000 100000000 --widths 512 
 python -m benchmarks.kernels --widths 512 --batches 1 --references eager compiled --no-parts
 python -m benchmarks.kernels --validity --items 57288 100000000
 
-The whole stage is the CUDA graph that serving replays. Its kernels overlap there; their own durations are taken from a
-graph in which they do not, so they add up to more.
+The whole stage is the CUDA graph that serving replays, between two CUDA events; its kernels' own durations are the
+profiler's, without the gaps between them.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def search_shape(case: SearchCase, recorder: Recorder, known: tuple[int, ...]) -
 
 
 def measure_parts(recorder: Recorder, case: SearchCase, shape: floors.Search, cell: dict[str, Any]) -> None:
-    """Rows of the kernels, none of them overlapping another."""
+    """Rows of the kernels, those of one level that do one thing together."""
     from benchmarks.gpu_timing import Flush
     from benchmarks.search_case import work_of
 
@@ -165,14 +165,9 @@ def measure_parts(recorder: Recorder, case: SearchCase, shape: floors.Search, ce
 def part_times(case: SearchCase, before: Any = None) -> dict[tuple[str, int], tuple[float, int]]:
     """µs and launches of each part of one launch of the search, by (part, level)."""
     from benchmarks.gpu_timing import capture, kernel_us
-    from benchmarks.search_case import ALONE, label
+    from benchmarks.search_case import label
 
-    overlapping = case.plan.launch
-    case.plan.launch = ALONE
-    try:
-        found = kernel_us(capture(case.one_launch).replay, before=before)
-    finally:
-        case.plan.launch = overlapping
+    found = kernel_us(capture(case.one_launch).replay, before=before)
     times: dict[tuple[str, int], list[float]] = {}
     for part, (_, us) in zip(label(name for name, _ in found), found, strict=True):
         times.setdefault(part, []).append(us)

@@ -181,8 +181,8 @@ def save_timeline(recorder: Recorder, cell: Cell, requests: list[tuple[HostSteps
         "prompt_tokens": recorder.rows[-1].engine_tokens,
         "beam_width": cell.beam_width,
         "n": cell.n,
-        "host": [[span.step, span.start / 1000 - zero, span.end / 1000 - zero, span.depth] for span in spans],
-        "gpu": [[kernel.part, kernel.start - zero, kernel.start + kernel.us - zero] for kernel in kernels],
+        "steps": [[span.step, span.start / 1000 - zero, span.end / 1000 - zero, span.depth] for span in spans],
+        "kernels": [[kernel.part, kernel.start - zero, kernel.start + kernel.us - zero] for kernel in kernels],
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content), encoding="utf-8")

@@ -14,7 +14,6 @@ from nezha_vllm.beam import MAX_SCORES
 from nezha_vllm.draft_head import DraftHead, reference_beam_search
 from nezha_vllm.triton_search import MAX_ROWS, Plan, Workspace, width_bucket
 
-ALONE = {"OVERLAP": False, "launch_pdl": False}
 OURS = ("few_request_products", "request_products", "score_children", "select_beams", "context_states", "beam_products")
 
 
@@ -62,7 +61,7 @@ class SearchCase:
         self.hidden_NSH = torch.randn(shape, device=device).to(plan.weights.dtype)
         self.work = Workspace(plan, self.step * self.bucket, self.step)
         self.out = torch.zeros(requests, 2 + self.bucket * (1 + levels), dtype=torch.int32, device=device)
-        options = torch.tensor([[width], [int(stepwise)], [1]], dtype=torch.int32, device=device)
+        options = torch.tensor([[width], [int(stepwise)], [1], [0], [0], [0]], dtype=torch.int32, device=device)
         self.options = [options.repeat(1, len(part)) for part in self.hidden_NSH.split(self.step)]
 
     def one_launch(self) -> None:

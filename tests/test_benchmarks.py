@@ -7,13 +7,19 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 from benchmarks import floors
+from benchmarks.choose import newest, one_machine
 from benchmarks.gpu_parts import backbone_work, sort_kernels
 from benchmarks.host_steps import HostSteps
 from benchmarks.profile import by_part
+from benchmarks.rows import COLUMNS, Row, append, percentile, read
+from benchmarks.tables import fill, make_tables
 
 PAPER = floors.Search(requests=1, width=512, sizes=(512, 512, 512), hidden=2048)
 
@@ -104,3 +110,94 @@ def test_steps_of_the_host_add_up():
     assert found["gather"][0] >= 2000 > found["schedule"][0]
     for request in steps.requests:
         assert sum(request.own_us.values()) == pytest.approx(request.total_us)
+
+
+def row(**columns) -> Row:
+    where = {"date": "2026-01-02T03:04:05+00:00", "commit": "abc", "gpu": "GPU A", "vllm": "0.32.0"}
+    return Row(**(where | {"benchmark": "latency", "model": "m", "load": "closed", "transport": "http"} | columns))
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    rows = [
+        row(system="nezha", prompt_tokens=128, prefix_caching=False, p50_ms=2.5, note='a "note", with\ncommas'),
+        row(system="vllm-beam", beam_width=10, requests_per_s=1234.5, errors=0),
+    ]
+    append("some", rows[0], tmp_path)
+    assert read(append("some", rows[1], tmp_path)) == rows
+
+
+def test_a_file_with_other_columns_is_brought_up_to_date(tmp_path):
+    (tmp_path / "some.csv").write_text("system,forgotten,p50_ms\nnezha,1,2.5\n")
+    found = read(append("some", Row(system="new"), tmp_path))
+    assert [(row.system, row.p50_ms) for row in found] == [("nezha", 2.5), ("new", None)]
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path):
+    append("some", Row(system="a"), tmp_path)
+    with open(tmp_path / "some.csv", "a") as file:
+        file.write(",".join("x" for _ in COLUMNS) + "\n")
+    with pytest.raises(ValueError, match=r"some\.csv, line 3"):
+        read(tmp_path / "some.csv")
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50), st.floats(0, 100))
+def test_percentiles_are_numpys(values, percent):
+    assert percentile(values, percent) == pytest.approx(float(np.percentile(values, percent)), abs=1e-6)
+
+
+def test_the_newest_row_of_a_measurement_wins_and_machines_are_not_mixed():
+    old = row(system="nezha", p50_ms=9.0, date="2026-01-01")
+    new = row(system="nezha", p50_ms=2.0)
+    other = row(system="vllm-beam", p50_ms=5.0, gpu="GPU B", date="2026-01-01")
+    laptop = row(system="hf-beam", p50_ms=5.0, gpu="none, 2 CPU cores", date="2027-01-01")
+    assert newest(one_machine([new, old, other, laptop])) == [new]
+    assert one_machine([new, other], gpu="GPU B") == [other]
+
+
+def test_rates_of_an_open_loop_come_from_one_commit():
+    found = [row(load="open", request_rate=rate, commit=commit, date=date) for rate, commit, date in
+             [(10.0, "a", "2026-01-01"), (11.0, "b", "2026-01-02"), (12.0, "b", "2026-01-02")]]  # fmt: skip
+    assert [row.request_rate for row in newest(found)] == [11.0, 12.0]
+
+
+LATENCY = """**m**, milliseconds
+
+| prompt tokens | beam width | items | NEZHA p50 | p99 | vLLM beam search p50 | p99 | p50 apart |
+| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| 128 | 10 | 5 | 2.00 | 3.00 | 20.00 | 30.00 | 10.0 × |
+| 128 | 512 | 50 | 2.50 | 3.50 |  |  |  |
+
+The same vLLM, one token behind the same prompt (128 tokens), no beams: p50 3.00, p99 4.00.
+
+GPU A; vLLM 0.32.0; commit abc; 2026-01-02."""
+
+
+def test_tables_are_written_between_their_marks_and_nowhere_else(tmp_path):
+    cells = [("nezha", 10, 5, 2.0, 3.0), ("nezha", 512, 50, 2.5, 3.5), ("vllm-beam", 10, 10, 20.0, 30.0)]
+    for system, width, n, p50, p99 in [*cells, ("vllm-one-token", 1, 1, 3.0, 4.0)]:
+        append(
+            "latency", row(system=system, prompt_tokens=128, beam_width=width, n=n, p50_ms=p50, p99_ms=p99), tmp_path
+        )
+    document = tmp_path / "README.md"
+    marks = [f"<!-- benchmarks:{name} {side} -->" for name in ("latency", "throughput") for side in ("begin", "end")]
+    document.write_text("before\n{}\nold\n{}\n{}\nkept\n{}\nafter\n".format(*marks))
+    assert fill(document, make_tables(tmp_path)) == ["latency"]
+    assert document.read_text() == "before\n{}\n{text}\n{}\n{}\nkept\n{}\nafter\n".format(*marks, text=LATENCY)
+    document.write_text(marks[0])
+    with pytest.raises(ValueError, match="has no end"):
+        fill(document, {})
+
+
+def test_every_plot_can_be_drawn(tmp_path):
+    plots = pytest.importorskip("benchmarks.plots")
+    base = {"prompt_tokens": 128, "p50_ms": 2.0, "p99_ms": 3.0, "requests_per_s": 9.0, "n": 5}
+    for system, width in [("nezha", 10), ("nezha", 50), ("vllm-beam", 10), ("vllm-one-token", 1)]:
+        append("latency", row(system=system, beam_width=width, concurrency=1, **base), tmp_path)
+        for clients in (1, 4):
+            columns = base | {"benchmark": "throughput", "beam_width": width, "concurrency": clients}
+            append("throughput", row(system=system, **columns), tmp_path)
+    stage = {"benchmark": "kernels", "part": "draft stage", "load": "batch", "beam_width": 10, "items": 7}
+    for system in ("triton", "pytorch"):
+        append("kernels", row(system=system, concurrency=1, us=5.0, floor_us=1.0, **stage), tmp_path)
+    drawn = [path.name for path in plots.draw_all(tmp_path, tmp_path / "images")]
+    assert drawn == ["latency.svg", "throughput.svg", "draft-stage.svg"]

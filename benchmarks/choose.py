@@ -1,0 +1,53 @@
+"""Which rows a table or plot shows: those of one machine and vLLM, of each measurement the newest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.rows import Row, read
+
+KEY = (
+    *("benchmark", "system", "model", "part", "dtype", "prompt_tokens", "levels", "codes", "hidden", "items"),
+    *("beam_width", "n", "transport", "load", "concurrency", "request_rate", "prefix_caching"),
+)
+
+
+def results(folder: Path, name: str, gpu: str = "", vllm: str = "") -> list[Row]:
+    """Rows of ``NAME.csv`` that may stand in one table; empty without such a file."""
+    file = folder / f"{name}.csv"
+    return newest(one_machine(read(file), gpu, vllm)) if file.is_file() else []
+
+
+def one_machine(rows: Sequence[Row], gpu: str = "", vllm: str = "") -> list[Row]:
+    """Rows of one GPU name and vLLM version: those asked for, else those of the newest row that had a GPU, or of all.
+
+    ``gpu`` and ``vllm`` need only be the beginning of the names.
+    """
+    rows = [row for row in rows if row.gpu.startswith(gpu) and row.vllm.startswith(vllm)]
+    if not rows:
+        return []
+    last = max(rows, key=lambda row: (not row.gpu.startswith("none"), row.date))
+    return [row for row in rows if (row.gpu, row.vllm) == (last.gpu, last.vllm)]
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """The last row of each key, oldest first. Rates of an open loop come from one commit, the last one's.
+
+    Settings belong to the key where rows of one run differ in them, as those of ``validity`` do.
+    """
+    found: dict[tuple[object, ...], Row] = {}
+    commits: dict[tuple[object, ...], str] = {}
+    for row in sorted(rows, key=lambda row: row.date):
+        key = tuple(getattr(row, name) for name in KEY)
+        if row.benchmark == "validity":
+            key += (row.settings,)
+        found.pop(key, None)
+        found[key] = row
+        if row.load == "open":
+            commits[_cell(row)] = row.commit
+    return [row for row in found.values() if row.load != "open" or row.commit == commits[_cell(row)]]
+
+
+def _cell(row: Row) -> tuple[object, ...]:
+    return row.system, row.model, row.prompt_tokens, row.beam_width, row.n
