@@ -10,6 +10,7 @@ from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
 from nezha_vllm.semantic_id import SemanticIdCodec
 
+SHARED_ID_POLICIES = ("expand", "first", "round_robin")
 VALIDITY_MODES = ("stepwise", "final")
 MAX_LEVELS = 8
 MAX_BEAM_WIDTH = 4096
@@ -26,6 +27,7 @@ class NezhaFields:
         beam_width: K of a request that names none.
         max_beam_width: largest K that a request may ask for, 4,096 at most.
         validity: default validity mode, ``stepwise`` or ``final``.
+        shared_ids: how items that share a semantic ID come out, see ``sharing.ranked_rows``.
         catalogue: folder of the catalogue, relative to the checkpoint.
     """
 
@@ -35,6 +37,7 @@ class NezhaFields:
     beam_width: int = 50
     max_beam_width: int = 512
     validity: str = "stepwise"
+    shared_ids: str = "expand"
     catalogue: str = "catalogue"
 
     @property
@@ -82,6 +85,8 @@ class NezhaFields:
             )
         if self.validity not in VALIDITY_MODES:
             raise ValueError(f"config.json: validity is {self.validity!r}, must be one of {VALIDITY_MODES}")
+        if self.shared_ids not in SHARED_ID_POLICIES:
+            raise ValueError(f"config.json: shared_ids is {self.shared_ids!r}, must be one of {SHARED_ID_POLICIES}")
         if not 1 <= self.beam_width <= self.max_beam_width <= MAX_BEAM_WIDTH:
             raise ValueError(
                 f"config.json: need 1 ≤ beam_width ≤ max_beam_width ≤ {MAX_BEAM_WIDTH}, "

@@ -67,8 +67,8 @@ def test_configurations_do_not_share_their_lists():
         ({"placeholder_token_ids": [25, 26, 26]}, "placeholder_token_ids use token id 26 twice"),
         ({"vocab_size": 27}, "vocab_size is 27, .* token id 27"),
         ({"validity": "never"}, "validity is 'never', must be one of"),
-        ({"beam_width": 0}, "1 ≤ beam_width ≤ max_beam_width, got 0 and 9"),
-        ({"beam_width": 10}, "beam_width ≤ max_beam_width, got 10 and 9"),
+        ({"beam_width": 0}, "1 ≤ beam_width ≤ max_beam_width ≤ 4096, got 0 and 9"),
+        ({"beam_width": 10}, "beam_width ≤ max_beam_width ≤ 4096, got 10 and 9"),
     ],
 )
 def test_a_wrong_field_is_named(change, message):

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nezha_vllm.config import MAX_BEAM_WIDTH, VALIDITY_MODES, NezhaConfig
+from nezha_vllm.config import MAX_BEAM_WIDTH, SHARED_ID_POLICIES, VALIDITY_MODES, NezhaConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-OPTIONS = ("catalogue", "catalogue_version", "beam_width", "max_beam_width", "validity", "lean_step")
+OPTIONS = ("catalogue", "catalogue_version", "beam_width", "max_beam_width", "validity", "shared_ids", "lean_step")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class ServerSettings:
     beam_width: int
     max_beam_width: int
     validity: str
+    shared_ids: str
     lean_step: bool
 
     @classmethod
@@ -49,6 +50,8 @@ class ServerSettings:
             )
         if values["validity"] not in VALIDITY_MODES:
             raise ValueError(f"validity is {values['validity']!r}, must be one of {VALIDITY_MODES}")
+        if values["shared_ids"] not in SHARED_ID_POLICIES:
+            raise ValueError(f"shared_ids is {values['shared_ids']!r}, must be one of {SHARED_ID_POLICIES}")
         values["lean_step"] = options.get("lean_step", True)
         if not isinstance(values["lean_step"], bool):
             raise ValueError(f"lean_step is {values['lean_step']!r}, must be true or false")

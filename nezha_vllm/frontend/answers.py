@@ -14,6 +14,7 @@ from vllm.v1.engine.output_processor import RequestState
 from nezha_vllm.frontend.options import Plan
 from nezha_vllm.payload import RankedIds, unpack
 from nezha_vllm.semantic_id import code_token
+from nezha_vllm.sharing import ranked_rows
 
 
 @dataclass
@@ -50,23 +51,17 @@ class Answer:
 
 
 def rank(plan: Plan, ids: RankedIds) -> Answer:
-    """The n best items of the ranked semantic IDs; items that share one follow each other in the catalogue's order."""
+    """The n best items of the ranked semantic IDs."""
     catalogue = plan.service.catalogue
-    rules = plan.rules
-    first_rows = catalogue.first_row[ids.index]
-    sharing = catalogue.first_row[ids.index + 1] - first_rows
-    if rules.eligible is None:
-        sharing = np.minimum(sharing, plan.n)
-    beams = np.repeat(np.arange(len(sharing)), sharing)
-    rows = (first_rows - np.cumsum(sharing) + sharing)[beams] + np.arange(len(beams))
-    if rules.eligible is not None:
-        kept = rules.eligible.keeps(rows)
-        rows, beams = rows[kept], beams[kept]
+    rules, policy = plan.rules, plan.service.settings.shared_ids
+    index, log_probs_of = ids.index, ids.log_probs
     if rules.min_score is not None:
-        kept = ids.log_probs.sum(1, dtype=np.float64)[beams] >= rules.min_score
-        rows, beams = rows[kept], beams[kept]
-    rows, beams = rows[: plan.n], beams[: plan.n]
-    log_probs = ids.log_probs[beams].tolist()
+        high = log_probs_of.sum(1, dtype=np.float64) >= rules.min_score
+        index, log_probs_of = index[high], log_probs_of[high]
+    rows, beams = ranked_rows(
+        catalogue, index, plan.n, policy=policy, max_per_id=rules.max_per_id, eligible=rules.eligible
+    )
+    log_probs = log_probs_of[beams].tolist()
     scores = [sum(of_levels) for of_levels in log_probs]
     codes = catalogue.codes[rows].tolist()
     return Answer(catalogue.item_ids(rows.tolist()), codes, log_probs, scores, _summary(plan, ids, len(rows)))

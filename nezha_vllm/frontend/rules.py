@@ -14,7 +14,7 @@ from nezha_vllm.eligibility import Eligibility, eligibility, positions_of, rows_
 from nezha_vllm.frontend.errors import bad_request
 from nezha_vllm.frontend.service import Service
 
-RULES = ("exclude_items", "allow_items", "exclude_history", "min_score")
+RULES = ("exclude_items", "allow_items", "exclude_history", "min_score", "max_per_id")
 MAX_ITEMS = 100_000
 ITEM = re.compile(r"<item:([^>]*)>")
 
@@ -27,11 +27,16 @@ class PromptTokens(list):
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules of a request, checked; ``unknown`` counts the IDs in ``exclude_items`` that the catalogue lacks."""
+    """The rules of a request, checked.
+
+    ``unknown`` counts the IDs in ``exclude_items`` that the catalogue lacks; ``max_per_id`` is the most items that come
+    of one semantic ID.
+    """
 
     eligible: Eligibility | None = None
     min_score: float | None = None
     unknown: int = 0
+    max_per_id: int | None = None
 
 
 NO_RULES = Rules()
@@ -57,7 +62,10 @@ def read_rules(service: Service, options: Mapping[str, Any], history: Sequence[i
     min_score = options.get("min_score")
     if min_score is not None and (type(min_score) not in (int, float) or not np.isfinite(min_score)):
         raise bad_request("min_score", f"min_score must be a number, got {min_score!r}")
-    return Rules(eligibility(catalogue, allowed, excluded), min_score, unknown)
+    max_per_id = options.get("max_per_id")
+    if max_per_id is not None and (type(max_per_id) is not int or max_per_id < 1):
+        raise bad_request("max_per_id", f"max_per_id must be a whole number of at least 1, got {max_per_id!r}")
+    return Rules(eligibility(catalogue, allowed, excluded), min_score, unknown, max_per_id)
 
 
 def seen_rows(service: Service, history: Sequence[int]) -> np.ndarray:

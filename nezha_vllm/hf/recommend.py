@@ -13,6 +13,7 @@ from nezha_vllm.beam import BeamSearch
 from nezha_vllm.config import VALIDITY_MODES
 from nezha_vllm.draft_head import Beams
 from nezha_vllm.hf.prompt import prompt_token_ids
+from nezha_vllm.sharing import ranked_rows
 
 if TYPE_CHECKING:
     from nezha_vllm.catalogue import Catalogue
@@ -76,7 +77,7 @@ def recommend(
     hidden_NSH = model.hidden_states_for(input_ids, attention_mask)
     search = BeamSearch(model.draft_head, torch.from_numpy(catalogue.keys.copy()).to(model.device))
     beams = search(hidden_NSH, [width] * len(prompts), [validity == "stepwise"] * len(prompts))
-    return [_items(beams, row, n, catalogue) for row in range(len(prompts))]
+    return [_items(beams, row, n, catalogue, config.shared_ids) for row in range(len(prompts))]
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -90,15 +91,9 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu
     return ids.to(device), mask.to(device)
 
 
-def _items(beams: Beams, row: int, n: int, catalogue: Catalogue) -> list[Recommendation]:
-    found: list[Recommendation] = []
-    indices, scores, levels = (
-        tensor[row].tolist() for tensor in (beams.index_NK, beams.scores_NK, beams.log_probs_NKL)
-    )
-    for index, score, log_probs in zip(indices, scores, levels, strict=True):
-        if index < 0 or len(found) >= n:
-            break
-        for item_row in catalogue.rows_of_index(index):
-            codes = tuple(catalogue.codes[item_row].tolist())
-            found.append(Recommendation(catalogue.item_id(item_row), score, codes, tuple(log_probs)))
-    return found[:n]
+def _items(beams: Beams, row: int, n: int, catalogue: Catalogue, policy: str) -> list[Recommendation]:
+    index = beams.index_NK[row].cpu().numpy()
+    rows, ranks = ranked_rows(catalogue, index[index >= 0], n, policy=policy)
+    scores, log_probs = beams.scores_NK[row].tolist(), beams.log_probs_NKL[row].tolist()
+    columns = zip(catalogue.item_ids(rows.tolist()), catalogue.codes[rows].tolist(), ranks.tolist(), strict=True)
+    return [Recommendation(item, scores[rank], tuple(codes), tuple(log_probs[rank])) for item, codes, rank in columns]
