@@ -67,18 +67,22 @@ def make_tables(folder: Path, gpu: str = "", vllm: str = "") -> dict[str, str]:
 
 
 def fill(document: Path, tables: dict[str, str]) -> list[str]:
-    """Write the tables a document has marks for; returns their names. Raises ``ValueError`` for a mark without end."""
+    """Write the tables a document has marks for; returns their names. Raises ``ValueError`` for a mark without end.
+
+    Marks of names that are no table of ours are left alone.
+    """
     text = document.read_text(encoding="utf-8")
     written = []
     for name in re.findall(r"<!-- benchmarks:([\w-]+) begin -->", text):
+        if name not in tables:
+            continue
         begin, end = f"<!-- benchmarks:{name} begin -->", f"<!-- benchmarks:{name} end -->"
         before, _, rest = text.partition(begin)
         _, found, after = rest.partition(end)
-        if not found or name not in TABLES:
-            raise ValueError(f"{document}: {begin} has no end or is none of {', '.join(TABLES)}")
-        if name in tables:
-            text = f"{before}{begin}\n{tables[name]}\n{end}{after}"
-            written.append(name)
+        if not found:
+            raise ValueError(f"{document}: {begin} has no end")
+        text = f"{before}{begin}\n{tables[name]}\n{end}{after}"
+        written.append(name)
     document.write_text(text, encoding="utf-8")
     return written
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,8 +20,10 @@ from benchmarks import floors
 from benchmarks.choose import newest, one_machine
 from benchmarks.gpu_parts import backbone_work, sort_kernels
 from benchmarks.host_steps import HostSteps
+from benchmarks.machine import ROOT
 from benchmarks.profile import by_part
 from benchmarks.rows import COLUMNS, Row, append, percentile, read
+from benchmarks.search_case import label
 from benchmarks.tables import fill, make_tables
 
 PAPER = floors.Search(requests=1, width=512, sizes=(512, 512, 512), hidden=2048)
@@ -185,7 +190,7 @@ def test_tables_are_written_between_their_marks_and_nowhere_else(tmp_path):
     assert document.read_text() == "before\n{}\n{text}\n{}\n{}\nkept\n{}\nafter\n".format(*marks, text=LATENCY)
     document.write_text(marks[0])
     with pytest.raises(ValueError, match="has no end"):
-        fill(document, {})
+        fill(document, {"latency": LATENCY})
 
 
 def test_every_plot_can_be_drawn(tmp_path):
@@ -201,3 +206,41 @@ def test_every_plot_can_be_drawn(tmp_path):
         append("kernels", row(system=system, concurrency=1, us=5.0, floor_us=1.0, **stage), tmp_path)
     drawn = [path.name for path in plots.draw_all(tmp_path, tmp_path / "images")]
     assert drawn == ["latency.svg", "throughput.svg", "draft-stage.svg"]
+
+
+SEARCH = """
+import torch
+from benchmarks.search_case import SearchCase, prefixes, random_head, random_keys, reference
+from nezha_vllm.beam import beams_of
+from nezha_vllm.triton_search import Plan
+head, keys = random_head((16, 8), 64, torch.float32, "cpu"), random_keys(100, 128, "cpu")
+plan = Plan(head, keys)
+assert prefixes(keys, plan) == (16, 100)
+case = SearchCase(plan, 3, 10)
+case()
+assert beams_of(case.out, 2, 10).valid_N.tolist() == [10, 10, 10]
+reference(head, keys, case)()
+"""
+
+
+def test_the_measured_search_is_a_search():
+    """In Triton's interpreter, which has to be chosen before Triton is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", SEARCH], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_without_a_gpu_the_kernels_say_that_they_need_one():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, "-m", "benchmarks.kernels"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "NVIDIA GPU" in done.stderr
+
+
+def test_kernels_are_labelled_by_part_and_level():
+    names = ["few_request_products", "score_children", "select_beams", "context_states", "nvjet", "splitK_reduce"]
+    labels = label([*names, "score_children", "select_beams"])
+    assert labels[3:6] == [("context_states", 1), ("beam_products", 2), ("beam_products", 2)]
+    assert labels[0] == ("request_products", 1)
+    assert labels[-1] == ("select_beams", 2)
