@@ -144,7 +144,7 @@ def _split(steps: HostSteps, events: list[tuple[float, float, str]]) -> Iterator
 def known_work(system: Any, cell: Cell, tokens: int, workload: Workload) -> dict[str, floors.Work]:
     """Floors of the parts, from the served model itself."""
     from benchmarks.search_case import prefixes
-    from nezha_vllm.triton_search import width_bucket
+    from nezha_vllm.search_memory import width_bucket
 
     [stage] = system.llm.collective_rpc(lambda worker: worker.model_runner.model_state.draft_stage)
     plan, config = stage.beam_search.plan, SimpleNamespace(**workload.config)

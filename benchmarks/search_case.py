@@ -12,7 +12,8 @@ from torch import Tensor
 from benchmarks import floors
 from nezha_vllm.beam import MAX_SCORES
 from nezha_vllm.draft_head import DraftHead, reference_beam_search
-from nezha_vllm.triton_search import MAX_ROWS, Plan, Workspace, width_bucket
+from nezha_vllm.search_memory import Workspace, width_bucket
+from nezha_vllm.triton_search import MAX_ROWS, Plan
 
 OURS = ("few_request_products", "request_products", "score_children", "select_beams", "context_states", "beam_products")
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def request_products(
     hidden, weights, tiles, out,
     num_requests, out_stride,
@@ -38,7 +38,7 @@ def request_products(
     tl.store(target, sums, mask=exists[:, None] & (offset < num_rows)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def few_request_products(
     hidden, weights, tiles, out,
     num_requests, out_stride,

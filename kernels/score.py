@@ -6,7 +6,7 @@ import triton.language as tl
 from .validity import has_child
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"], do_not_specialize_on_alignment=["counts"])
 def score_children(
     logits, bias, scores, prefixes, lows, highs, asked, positions, counts, keys, table,
     log_probs, maxima, group_maxima,

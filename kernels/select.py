@@ -51,7 +51,7 @@ def gather(source, scores, chosen, count, values, row_size, stage, FAN: tl.const
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"], do_not_specialize_on_alignment=["counts"])
 def select_beams(
     log_probs, maxima, group_maxima, chosen, values,
     counts, scores, prefixes, lows, highs, history,

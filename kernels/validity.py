@@ -13,7 +13,7 @@ def lower_bound(keys, low, high, target):
     span = tl.max(high - low, 0)
     while span > 0:
         open_ = low < high
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2
         below = open_ & (tl.load(keys + middle, mask=open_, other=0) < target)
         low = tl.where(below, middle + 1, low)
         high = tl.where(open_ & (below == 0), middle, high)

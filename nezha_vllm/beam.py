@@ -22,12 +22,20 @@ if TYPE_CHECKING:
 # elements of one [N, K, T] score tensor; the reference peaks at 56 bytes an element, so at 450 MiB. Larger batches are
 # searched in slices of requests.
 MAX_SCORES = 1 << 23
+MAX_KERNEL_CODES = 16_384  # of a level: one program holds them all, and compiling for more takes minutes
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def kernels_run(head: DraftHead) -> bool:
-    """Whether the Triton kernels can search with this head where it is."""
+    """Whether the Triton kernels can search with this head where it is.
+
+    GPUs before compute capability 9.0 lack the shared memory that the kernels' blocks are made for.
+    """
     weight = head.logit_heads[0].weight
+    if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (9, 0):
+        return False
+    if max(head.codebook_sizes) > MAX_KERNEL_CODES:
+        return False
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and weight.dtype == torch.float32
     if not (weight.is_cuda or interpreted) or weight.dtype not in KERNEL_DTYPES or weight.shape[1] % 64:
         return False
@@ -57,15 +65,16 @@ class BeamSearch:
         widths: Sequence[int],
         stepwise: Sequence[bool],
         eligible: Sequence[Eligible | None] | None = None,
+        kernels: bool = True,
     ) -> Beams:
         """Search N requests; ``widths``, ``stepwise`` and ``eligible`` are the beam width, mode and rule of each.
 
         ``hidden_NSH`` are the backbone's hidden states after its final norm, S = L + 1, any floating dtype. Widths over
-        ``MAX_BEAM_WIDTH`` are searched by the reference.
+        ``MAX_BEAM_WIDTH`` are searched by the reference, and so is everything without ``kernels``.
         """
         hidden_NSH = hidden_NSH.to(self.head.logit_heads[0].weight.dtype)
         rules = list(eligible) if eligible is not None else [None] * len(widths)
-        use_kernels = self.plan is not None and max(widths) <= MAX_BEAM_WIDTH
+        use_kernels = kernels and self.plan is not None and max(widths) <= MAX_BEAM_WIDTH
         search, step = self._kernel_slices(widths) if use_kernels else self._reference_slices(widths)
         slices = [slice(start, start + step) for start in range(0, len(widths), step)]
         parts = [search(hidden_NSH[part], widths[part], stepwise[part], rules[part]) for part in slices]
@@ -82,13 +91,14 @@ class BeamSearch:
         return search, max(1, MAX_SCORES // (max(widths) * max(self.head.codebook_sizes)))
 
     def _kernel_slices(self, widths: Sequence[int]) -> tuple:
-        from nezha_vllm.triton_search import ALL, ALL_BUT, MAX_ROWS, ONLY, Workspace, width_bucket
+        from nezha_vllm.search_memory import Workspace, width_bucket
+        from nezha_vllm.triton_search import ALL, ALL_BUT, ONLY
 
         plan = self.plan
         assert plan is not None
         bucket = width_bucket(max(widths))
-        step = min(len(widths), max(1, MAX_ROWS // bucket))
-        work = Workspace(plan, step * bucket, step)
+        step = min(len(widths), max(1, plan.most_rows // bucket))
+        work = Workspace(plan, step * bucket, step, [bucket])
         num_levels = self.head.num_levels
 
         def search(hidden_NSH: Tensor, widths: Sequence[int], stepwise: Sequence[bool], rules: list) -> Beams:

@@ -19,10 +19,11 @@ from nezha_vllm.draft_head import DraftHead
 from nezha_vllm.kernels.linear import beam_products, context_states, few_request_products, request_products
 from nezha_vllm.kernels.score import score_children
 from nezha_vllm.kernels.select import select_beams
+from nezha_vllm.search_memory import FANS, BeamRows, Geometry, Workspace
 from nezha_vllm.semantic_id import SemanticIdCodec
 
 MAX_ROWS = 32_768  # beams in one launch: 64 requests at K = 512, at H = 2048 and T = 512 a workspace of 350 MB
-WIDTHS = tuple(16 << step for step in range(9))  # the K a launch can have: 16 to 4,096
+MAX_SCORE_BYTES = 1 << 30  # of one launch's log-probabilities: fewer beams where levels have many codes
 # Prefix tables may hold this many lower bounds or twice as many as there are keys: 8 MB for small catalogues.
 MIN_TABLE = 1 << 21
 IN_ONE_GO = 16_384  # values that one program keeps in registers while it searches for a threshold
@@ -32,11 +33,6 @@ FEW_TILE, TILE = 8, 32  # rows of weights a program then multiplies, and otherwi
 LIBRARY_ROWS = 2048  # beams from which cuBLAS is ahead of our kernel: 454 against 540 µs at 32,768
 
 
-def width_bucket(width: int) -> int:
-    """The K of the launch that searches ``width`` beams."""
-    return next(bucket for bucket in WIDTHS if bucket >= width)
-
-
 @dataclass(frozen=True)
 class _Level:
     size: int
@@ -44,73 +40,6 @@ class _Level:
     first_weight: int
     bias: int
     table: Tensor | None
-
-
-class Workspace:
-    """Buffers for up to ``rows`` = N · K beams. Searches that share one must run one after the other."""
-
-    def __init__(self, plan: Plan, rows: int, requests: int) -> None:
-        device, dtype, hidden_size = plan.weights.device, plan.weights.dtype, plan.hidden_size
-        levels = plan.codec.num_levels
-
-        def buffer(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
-        extents = [plan.geometry(index, width) for index in range(levels) for width in WIDTHS]
-        fan = max(shape.fan for shape in extents)
-        self.by_request = buffer((requests, plan.root_columns))
-        self.logits = buffer((rows, max(shape.row_size for shape in extents)))
-        self.drives = buffer((rows, hidden_size), dtype)
-        self.states = buffer((rows, hidden_size), dtype)
-        self.maxima = buffer((rows, max(shape.groups * shape.fan for shape in extents)))
-        self.group_maxima = buffer((rows, max(shape.groups for shape in extents)))
-        self.values = buffer((rows * fan,))
-        self.chosen = buffer((4, rows), torch.int32)
-        self.parents, self.codes = buffer((rows,), torch.int32), buffer((rows,), torch.int32)
-        self.beams = [
-            _Beams(
-                buffer((requests,), torch.int32),
-                buffer((rows,)),
-                buffer((rows,), torch.int64),
-                buffer((rows,), torch.int32),
-                buffer((rows,), torch.int32),
-                buffer((rows, levels)),
-            )
-            for _ in range(3)
-        ]
-        self.beams[0].highs.fill_(plan.num_keys)  # the root: no code yet, so every key is below it
-
-    @property
-    def num_bytes(self) -> int:
-        tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
-        tensors += [value for beams in self.beams for value in vars(beams).values()]
-        return sum(tensor.nbytes for tensor in tensors)
-
-
-@dataclass
-class _Beams:
-    counts: Tensor
-    scores: Tensor
-    prefixes: Tensor
-    lows: Tensor
-    highs: Tensor
-    history: Tensor
-
-
-FANS = (2, 4, 8, 16, 32)
-
-
-@dataclass(frozen=True)
-class _Geometry:
-    """How a level's candidates are laid out: a row a parent, ``groups`` groups of ``fan`` chunks of ``fan`` codes."""
-
-    most_parents: int
-    fan: int
-    groups: int
-
-    @property
-    def row_size(self) -> int:
-        return self.groups * self.fan * self.fan
 
 
 class Plan:
@@ -159,6 +88,11 @@ class Plan:
             torch.tensor(_tiles(parts, height), dtype=torch.int32, device=self.weights.device)
             for height in (FEW_TILE, TILE)
         )
+
+    @property
+    def most_rows(self) -> int:
+        """Beams that a launch may have."""
+        return min(MAX_ROWS, MAX_SCORE_BYTES // (4 * max(self.codec.codebook_sizes)))
 
     def _table(self, num_prefixes: int, suffix: int) -> Tensor | None:
         if num_prefixes + 1 > max(MIN_TABLE, 2 * self.num_keys):
@@ -228,7 +162,7 @@ class Plan:
             num_stages=4,
         )
 
-    def _beam_products(self, work: Workspace, index: int, rows: int, width: int, beams: _Beams) -> None:
+    def _beam_products(self, work: Workspace, index: int, rows: int, width: int, beams: BeamRows) -> None:
         level, last = self.levels[index], index + 1 == len(self.levels)
         states, row_size = work.states[:rows], self.geometry(index, width).row_size
         weights = self.weights[level.first_weight :][: level.size + (0 if last else self.hidden_size)]
@@ -275,7 +209,7 @@ class Plan:
             return 64, 128, 64, 4, 4
         return 128, 128, 64, 8, 3
 
-    def geometry(self, index: int, width: int) -> _Geometry:
+    def geometry(self, index: int, width: int) -> Geometry:
         parents = 1
         for level in self.levels[:index]:
             parents = min(width, parents * level.size)
@@ -283,7 +217,7 @@ class Plan:
         # selection looks at parents · size / fan² groups and then twice at width · fan others
         ideal = (parents * size / width) ** (1 / 3)
         fan = min(FANS, key=lambda fan: abs(math.log(fan / ideal)))
-        return _Geometry(parents, fan, triton.cdiv(size, fan * fan))
+        return Geometry(parents, fan, triton.cdiv(size, fan * fan))
 
     def _select(
         self,
@@ -291,8 +225,8 @@ class Plan:
         index: int,
         num_requests: int,
         width: int,
-        parents: _Beams,
-        children: _Beams,
+        parents: BeamRows,
+        children: BeamRows,
         options_6N: Tensor,
         positions: Tensor,
         out: Tensor,
@@ -377,7 +311,7 @@ class Plan:
             num_warps=min(16, max(4, block // 256)),
         )
 
-    def _states(self, work: Workspace, index: int, rows: int, width: int, beams: _Beams) -> None:
+    def _states(self, work: Workspace, index: int, rows: int, width: int, beams: BeamRows) -> None:
         if index == 0:
             drives, request_stride, parent_stride = work.by_request[:, self.root_drives :], work.by_request.stride(0), 0
         else:

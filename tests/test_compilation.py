@@ -55,7 +55,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
 def test_a_search_compiles(
     compiled: list[str], sizes: tuple[int, ...], width: int, requests: int, dtype: torch.dtype
 ) -> None:
-    from nezha_vllm.triton_search import Plan, Workspace
+    from nezha_vllm.search_memory import Workspace
+    from nezha_vllm.triton_search import Plan
 
     head = DraftHead(128, sizes, dtype=dtype).requires_grad_(False)
     keys = torch.from_numpy(np.unique(np.random.default_rng(0).integers(0, math.prod(sizes), 500)))

@@ -26,7 +26,8 @@ import triton.language as tl  # noqa: E402
 from nezha_vllm.kernels.order import places, threshold  # noqa: E402
 
 from nezha_vllm import triton_search  # noqa: E402
-from nezha_vllm.triton_search import Plan, Workspace, width_bucket  # noqa: E402
+from nezha_vllm.search_memory import Workspace, width_bucket  # noqa: E402
+from nezha_vllm.triton_search import Plan  # noqa: E402
 
 
 @triton.jit

@@ -6,6 +6,7 @@ slots (worker, scheduler) and switches set here are as if the user had given the
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from packaging.version import Version
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+
+logger = logging.getLogger("vllm.nezha")
 
 SUPPORTED = (Version("0.26"), Version("0.34"))
 SCHEDULER = "nezha_vllm.engine.scheduler.make_scheduler"
@@ -89,6 +92,10 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         (vllm_config.kv_transfer_config, "--kv-transfer-config: external cache hits may cover placeholders, remove it"),
         (vllm_config.cache_config.kv_offloading_size,  # becomes a KV connector after this hook
          "--kv-offloading-size: external cache hits may cover placeholders, remove it"),
+        (getattr(model, "enable_sleep_mode", False),
+         "--enable-sleep-mode: the draft head's tables would not come back after it, remove it"),
+        (getattr(vllm_config, "weight_transfer_config", None),
+         "--weight-transfer-config: the draft head's tables are made once, when weights are loaded, remove it"),
         (vllm_config.lora_config, "--enable-lora: the draft head belongs to one set of weights, remove it"),
         (model.override_generation_config,
          "--override-generation-config: items are ranked and not sampled, remove it"),
@@ -123,26 +130,43 @@ def set_cpu_defaults(vllm_config: VllmConfig) -> None:
 
 
 def set_gpu_defaults(vllm_config: VllmConfig) -> None:
-    """Where the user has set nothing: whole prefills as CUDA graphs, and steps that do not wait for the next one."""
+    """Whole prefills as CUDA graphs, and steps that do not wait for the next one, where the user has set nothing.
+
+    ``max_num_seqs`` is capped: whether the user or vLLM has set it cannot be told.
+    """
     from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
 
     scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
-    scheduler.max_num_seqs = min(scheduler.max_num_seqs, MAX_REQUESTS)
+    if scheduler.max_num_seqs > MAX_REQUESTS:
+        logger.info("NEZHA: max_num_seqs %d becomes %d", scheduler.max_num_seqs, MAX_REQUESTS)
+        scheduler.max_num_seqs = MAX_REQUESTS
     if scheduler.async_scheduling is None:
         # with it, the engine sleeps 1 ms behind a request that comes alone
         scheduler.async_scheduling = False
     # FlashAttention 3 can be captured whatever the lengths; elsewhere vLLM would turn full graphs off for prefills
     hopper = current_platform.is_device_capability(90)
-    if hopper and compilation.cudagraph_mode is None and not vllm_config.model_config.enforce_eager:
+    model = vllm_config.model_config
+    optimised = getattr(vllm_config, "optimization_level", 2) != 0
+    if hopper and optimised and compilation.cudagraph_mode is None and not model.enforce_eager:
         compilation.cudagraph_mode = CUDAGraphMode.FULL
         if compilation.cudagraph_capture_sizes is None:
-            most = scheduler.max_num_batched_tokens
-            compilation.cudagraph_capture_sizes = [size for size in GRAPH_SIZES if size <= most]
+            # a step of more tokens than all requests can have together does not exist, and cannot be captured
+            most = min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * model.max_model_len)
+            compilation.cudagraph_capture_sizes = graph_sizes(most, compilation.max_cudagraph_capture_size)
         attention = vllm_config.attention_config
         if attention.flash_attn_max_num_splits_for_cuda_graph == SPLITS_OF_VLLM:
             # a prefill fills the GPU without splitting its context, and saves the kernels that combine the parts
             attention.flash_attn_max_num_splits_for_cuda_graph = 1
+
+
+def graph_sizes(most_tokens: int, largest: int | None) -> list[int] | None:
+    """Sizes to capture up to a step's most tokens; ``largest`` is the user's maximum, which vLLM wants among them."""
+    most = most_tokens if largest is None else min(most_tokens, largest)
+    sizes = [size for size in GRAPH_SIZES if size <= most]
+    if largest is not None and largest <= most_tokens and largest not in sizes:
+        sizes.append(largest)
+    return sizes or None
 
 
 def keep_prompt_tail_whole(vllm_config: VllmConfig) -> None:

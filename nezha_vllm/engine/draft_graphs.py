@@ -7,6 +7,8 @@ the GPU: options go in and beams come out through pinned memory, in ring buffers
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nezha_vllm.triton_search import ALL, MAX_ROWS, Plan, Workspace
+from nezha_vllm.search_memory import Workspace
+from nezha_vllm.triton_search import ALL, Plan
+
+logger = logging.getLogger("vllm.nezha")
 
 RING = 4  # steps whose buffers may be in use: two in flight, and room to spare
 MAX_POSITIONS = 1 << 20  # semantic IDs in the rules of one step, 4 MB
@@ -61,11 +66,12 @@ class DraftGraphs:
         self.widths = [width for width in WIDTHS if width < max_width]
         self.widths.append(next(width for width in WIDTHS if width >= max_width))
         sizes = [1 << bit for bit in range(10) if 1 << bit < 2 * max_requests]
-        shapes = [(size, width) for width in self.widths for size in sizes if size == 1 or size * width <= MAX_ROWS]
+        most_rows = plan.most_rows
+        shapes = [(size, width) for width in self.widths for size in sizes if size == 1 or size * width <= most_rows]
         device = plan.weights.device
         self.num_states, hidden_size = self.num_levels + 1, plan.hidden_size
         most = max(size for size, _ in shapes)
-        self.workspace = Workspace(plan, max(size * width for size, width in shapes), most)
+        self.workspace = Workspace(plan, max(size * width for size, width in shapes), most, self.widths)
         self.hidden_NSH = torch.zeros(most, self.num_states, hidden_size, dtype=plan.weights.dtype, device=device)
         self.options_6N = torch.zeros(OPTIONS, most, dtype=torch.int32, device=device)
         self.positions = torch.zeros(MAX_POSITIONS, dtype=torch.int32, device=device)
@@ -79,7 +85,16 @@ class DraftGraphs:
         self.host_out = [torch.zeros(room, dtype=torch.int32).pin_memory() for _ in range(RING)]
         self.turn = 0
         self.stream = torch.cuda.Stream()  # of all captures: cuBLAS keeps a workspace a stream
-        self.graphs = {shape: self._capture(*shape) for shape in sorted(shapes, reverse=True)}
+        logger.info(
+            "NEZHA: compiling the beam search for widths %s; the first start takes some 30 s longer", self.widths
+        )
+        # a collection that frees something on the device in the middle of a capture would spoil it
+        gc.collect()
+        gc.disable()
+        try:
+            self.graphs = {shape: self._capture(*shape) for shape in sorted(shapes, reverse=True)}
+        finally:
+            gc.enable()
 
     @property
     def room_for_positions(self) -> int:

@@ -140,11 +140,12 @@ class DraftStage:
             yield [there[row] for row in launch.rows], self.graphs.run(launch, states)
         for row, search in apart:
             last = int(last_rows[row])
-            yield [row], answer_of(self._search(states[last + 1 - self.num_states : last + 1][None], [search]))
+            hidden_1SH = states[last + 1 - self.num_states : last + 1][None]
+            yield [row], answer_of(self._search(hidden_1SH, [search], kernels=False))
 
-    def _search(self, hidden_NSH: Tensor, searches: Sequence[Search]) -> Beams:
-        rules = [self._rule(search) for search in searches]
-        return self.beam_search(hidden_NSH, [s.beam_width for s in searches], [s.stepwise for s in searches], rules)
+    def _search(self, hidden_NSH: Tensor, searches: Sequence[Search], kernels: bool = True) -> Beams:
+        widths, stepwise = [search.beam_width for search in searches], [search.stepwise for search in searches]
+        return self.beam_search(hidden_NSH, widths, stepwise, [self._rule(search) for search in searches], kernels)
 
     def _rule(self, search: Search) -> Eligible | None:
         if search.positions is None:

@@ -161,7 +161,7 @@ def _objections(runner: Any) -> Iterator[tuple[Any, str]]:
     config, parallel, state = runner.vllm_config, runner.parallel_config, runner.model_state
     yield not ServerSettings.from_vllm(config).lean_step, "switched off by the option lean_step"
     yield ".".join(__version__.split(".")[:2]) not in READ_VERSIONS, f"vLLM {__version__} is not among those read"
-    yield not hasattr(state.draft_stage, "run"), "the draft stage runs step by step"
+    yield state.draft_stage.graphs is None, "the draft stage is the PyTorch reference"
     yield parallel.data_parallel_size > 1, "data parallel engines agree on every step"
     yield parallel.pipeline_parallel_size > 1, "pipeline parallelism"
     yield parallel.decode_context_parallel_size > 1 or runner.pcp_manager is not None, "context parallelism"

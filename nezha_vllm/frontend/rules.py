@@ -15,7 +15,7 @@ from nezha_vllm.frontend.errors import bad_request
 from nezha_vllm.frontend.service import Service
 
 RULES = ("exclude_items", "allow_items", "exclude_history", "min_score", "max_per_id")
-MAX_ITEMS = 100_000
+MAX_ITEMS = 65_536
 ITEM = re.compile(r"<item:([^>]*)>")
 
 
