@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from nezha_vllm.semantic_id import SemanticIdCodec
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 REBUILD = "write it again with Catalogue.save or `nezha tokenize`"
-
-Result = TypeVar("Result")
+FIELDS = {"version": str, "num_items": int, "num_ids": int, "files": dict, "checksum": str}
 
 
 class CatalogueError(ValueError):
@@ -24,22 +22,8 @@ class CatalogueError(ValueError):
 def write_manifest(folder: Path, files: tuple[str, ...], **facts: Any) -> None:
     """Vouch for ``files`` as they are now, and for ``facts``."""
     manifest = {"format": FORMAT, **facts, "files": {name: _fingerprint(folder / name) for name in files}}
-    manifest["checksum"] = _checksum(manifest)
+    manifest["checksum"] = checksum(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def read_steadily(folder: Path, read: Callable[[dict[str, Any]], Result]) -> Result:
-    """``read(manifest)``, and again if another catalogue took the folder's place meanwhile."""
-    while True:
-        manifest = _read_manifest(folder)
-        try:
-            result = read(manifest)
-        except CatalogueError:
-            if _read_manifest(folder) == manifest:
-                raise
-            continue
-        if _read_manifest(folder) == manifest:
-            return result
 
 
 def check_file(path: Path, manifest: dict[str, Any]) -> None:
@@ -55,32 +39,37 @@ def check_file(path: Path, manifest: dict[str, Any]) -> None:
         raise CatalogueError(f"{path} is damaged: its size or checksum is not the one in {MANIFEST}; {REBUILD}")
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The folder's manifest, its own checksum verified. Raises ``CatalogueError``."""
     path = folder / MANIFEST
     if not path.is_file():
         raise CatalogueError(
-            f"no catalogue at {folder}: {path} is missing; build one with `nezha tokenize`, or set `catalogue` in the "
-            "checkpoint's config.json to its folder"
+            f"no catalogue at {folder}: {path} is missing; build one with `nezha tokenize` or `nezha catalogue build`, "
+            "or set `catalogue` in the checkpoint's config.json to its folder"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CatalogueError(f"{path}: format {manifest['format']} is not {FORMAT}, the one this version reads")
         SemanticIdCodec(manifest["codebook_sizes"])
-        absent = {"version", "num_items", "num_ids", "files", "checksum"} - manifest.keys()
+        absent = FIELDS.keys() - manifest.keys()
         if absent:
             raise CatalogueError(f"{path}: {sorted(absent)} missing; {REBUILD}")
-        if manifest["checksum"] != _checksum(manifest):
+        wrong = sorted(name for name, kind in FIELDS.items() if type(manifest[name]) is not kind)
+        if wrong:
+            raise CatalogueError(f"{path} is damaged: {wrong} of a wrong type; {REBUILD}")
+        if manifest["checksum"] != checksum(manifest):
             raise CatalogueError(f"{path} is damaged: its checksum does not match; {REBUILD}")
     except CatalogueError:
         raise
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise CatalogueError(f"{path} is damaged ({error!r}); {REBUILD}") from error
     return manifest
 
 
-def _checksum(manifest: dict[str, Any]) -> str:
-    rest = {name: value for name, value in manifest.items() if name != "checksum"}
+def checksum(fields: dict[str, Any]) -> str:
+    """SHA-256 of a JSON object without its field ``checksum``."""
+    rest = {name: value for name, value in fields.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 

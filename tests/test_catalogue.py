@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import code_rows, small_codebooks
 
 from nezha_vllm.catalogue import Catalogue, CatalogueError, UnknownItemError, load_keys
+from nezha_vllm.semantic_id import SemanticIdCodec
 
 item_id_text = st.text(st.characters(exclude_characters=">", exclude_categories=["Cs"]), min_size=1, max_size=8)
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -116,6 +119,45 @@ def test_the_version_names_the_content_not_the_order_it_came_in(parts, rng):
     assert Catalogue.build(**parts, version="v7").version == "v7"
 
 
+def built_item_by_item(item_ids, codes, codebook_sizes, metadata, weights) -> tuple[str, list, list]:
+    """Version, first rows and rows by ID as they were made before building was vectorised."""
+    codec = SemanticIdCodec(codebook_sizes)
+    weights = [0.0] * len(item_ids) if weights is None else weights
+    keys = codec.key(codes).tolist()
+    order = sorted(range(len(item_ids)), key=lambda at: (keys[at], -weights[at], item_ids[at].encode()))
+    columns = {
+        "item_id": pa.array([item_ids[at] for at in order], pa.string()),
+        "codes": pa.array([codes[at].tolist() for at in order], pa.list_(pa.int32(), codec.num_levels)),
+        "weight": pa.array([weights[at] for at in order], pa.float32()),
+    }
+    columns |= {name: pa.array([values[at] for at in order]) for name, values in metadata.items()}
+    table, sink = pa.table(columns), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    digest = hashlib.sha256(repr(codec.codebook_sizes).encode() + sink.getvalue().to_pybytes())
+    first = [row for row, at in enumerate(order) if row == 0 or keys[order[row - 1]] != keys[at]]
+    by_id = sorted(range(len(order)), key=lambda row: item_ids[order[row]].encode())
+    return digest.hexdigest()[:12], [*first, len(order)], by_id
+
+
+@given(catalogue_parts())
+def test_building_by_columns_gives_what_building_item_by_item_gives(parts):
+    catalogue = Catalogue.build(**parts)
+    version, first_row, rows_by_id = built_item_by_item(**parts)
+    assert catalogue.version == version
+    assert catalogue.first_row.tolist() == first_row
+    assert catalogue.rows_by_id.tolist() == rows_by_id
+
+
+@given(catalogue_parts())
+def test_arrow_columns_give_what_lists_give(parts):
+    columns = parts | {
+        "item_ids": pa.chunked_array([pa.array(parts["item_ids"][:1]), pa.array(parts["item_ids"][1:], pa.string())]),
+        "metadata": {name: pa.chunked_array([pa.array(values)]) for name, values in parts["metadata"].items()},
+    }
+    assert_same(Catalogue.build(**columns), Catalogue.build(**parts))
+
+
 GOOD = {"item_ids": ["a", "b"], "codes": [[0, 1], [1, 0]], "codebook_sizes": (2, 2)}
 
 
@@ -127,6 +169,12 @@ GOOD = {"item_ids": ["a", "b"], "codes": [[0, 1], [1, 0]], "codebook_sizes": (2,
         ({"item_ids": ["a", ""]}, "'' in row 1"),
         ({"item_ids": ["a", "b>"]}, "'b>' in row 1"),
         ({"item_ids": ["a", 7]}, "7 in row 1"),
+        ({"item_ids": ["a", b"b"]}, "b'b' in row 1"),
+        ({"item_ids": ["a", None]}, "None in row 1"),
+        ({"item_ids": pa.array(["a", None])}, "None in row 1"),
+        ({"item_ids": pa.array(["a", "b>"])}, "'b>' in row 1"),
+        ({"item_ids": pa.array([1, 2])}, "must be strings, got int64"),
+        ({"item_ids": pa.array([b"a", b"\xff"]).view(pa.string())}, "cannot be read"),
         ({"item_ids": ["a", "\ud800"]}, "in row 1 must be a non-empty Unicode string"),
         ({"codes": [[0, 1], [1, 2]]}, "code 2 of level 2 in row 1 is out of range"),
         ({"codes": [[0, 1]]}, r"shape \(2, 2\)"),

@@ -96,6 +96,13 @@ def reseal(folder: Path, change: Callable[[dict], object] = lambda manifest: Non
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
+def write_items(folder: Path, items: pa.Table) -> None:
+    sink = pa.BufferOutputStream()  # the table may lie in the very file that is written
+    with pa.ipc.new_file(sink, items.schema) as writer:
+        writer.write_table(items)
+    (folder / ITEMS).write_bytes(sink.getvalue())
+
+
 def test_resealing_alone_changes_nothing(folder):
     reseal(folder)
     assert Catalogue.load(folder).num_items == 7
@@ -113,6 +120,9 @@ def test_resealing_alone_changes_nothing(folder):
         ({"codebook_sizes": [3, 4, 0]}, f"{MANIFEST} is damaged"),
         ({"codebook_sizes": None}, f"{MANIFEST} is damaged"),
         ({"files": {}}, f"{ITEMS} is missing"),
+        ({"files": []}, f"{MANIFEST} is damaged.*files"),
+        ({"version": None}, f"{MANIFEST} is damaged.*version"),
+        ({"num_items": "7"}, f"{MANIFEST} is damaged.*num_items"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(folder, change, message):
@@ -173,6 +183,10 @@ def test_an_absent_array_is_refused(folder):
         lambda items: items.drop_columns(["weight"]),
         lambda items: items.set_column(0, "item_id", pa.array([None] * items.num_rows, pa.string())),
         lambda items: items.set_column(0, "item_id", pa.array(["same"] * items.num_rows)),
+        lambda items: items.set_column(0, "item_id", pa.array([f"{row}>" for row in range(items.num_rows)])),
+        lambda items: items.set_column(0, "item_id", pa.array([b"\xff"] * items.num_rows).view(pa.string())),
+        lambda items: items.set_column(2, "weight", pa.array([float("nan")] * items.num_rows, pa.float32())),
+        lambda items: items.append_column("weight", items["weight"]),
         lambda items: items.set_column(1, "codes", pa.array(range(items.num_rows))),
         lambda items: items.slice(1),
         lambda items: items.take(pa.array(range(items.num_rows))[::-1]),
@@ -180,11 +194,20 @@ def test_an_absent_array_is_refused(folder):
 )
 def test_items_that_break_the_format_are_refused(folder, faulty):
     items = faulty(Catalogue.load(folder).items)
-    with pa.OSFile(str(folder / ITEMS), "wb") as sink, pa.ipc.new_file(sink, items.schema) as writer:
-        writer.write_table(items)
+    write_items(folder, items)
     reseal(folder)
     with pytest.raises(CatalogueError, match=ITEMS):
         Catalogue.load(folder)
+
+
+def test_items_of_one_semantic_id_out_of_order_are_refused(tmp_path):
+    shared = Catalogue.build(["a", "b", "c"], [[0, 1]] * 3, (1, 2), weights=[3.0, 2.0, 1.0])
+    shared.save(tmp_path / "it")
+    items = shared.items.set_column(2, "weight", pa.array([3.0, 1.0, 2.0], pa.float32()))
+    write_items(tmp_path / "it", items)
+    reseal(tmp_path / "it")
+    with pytest.raises(CatalogueError, match=f"{ITEMS}: items of one semantic ID are not in the order"):
+        Catalogue.load(tmp_path / "it")
 
 
 def save_watched(catalogue: Catalogue, folder: Path, at_line: Callable[[int], None]) -> None:
