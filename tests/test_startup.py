@@ -174,6 +174,29 @@ def test_a_version_of_the_catalogue_can_be_asked_for(checkpoint: Path) -> None:
         configure(checkpoint, additional_config={"nezha": {"catalogue_version": "other"}})
 
 
+def test_a_server_starts_from_the_current_version_of_a_store(broken: Path, tmp_path: Path) -> None:
+    from nezha_vllm.catalogue import load_keys
+    from nezha_vllm.engine.settings import ServerSettings
+    from nezha_vllm.frontend.service import service_of
+    from nezha_vllm.store import Store
+
+    store = Store(tmp_path / "store")
+    store.publish(broken / "catalogue")
+    Catalogue.build(["a", "b"], [[0, 0, 0], [1, 2, 3]], [16, 24, 32], version="two").save(tmp_path / "two")
+    store.publish(tmp_path / "two", force=True)
+    edit(broken, catalogue=str(store.folder))
+    shutil.rmtree(broken / "catalogue")
+    config = configure(broken)
+    service = service_of(config.model_config)
+    assert service is not None
+    assert service.catalogue.version == "two"
+    settings = ServerSettings.from_vllm(config)
+    settings.check_version(load_keys(settings.catalogue)[1])
+    store.rollback()
+    with pytest.raises(ValueError, match="replaced meanwhile"):
+        settings.check_version(load_keys(settings.catalogue)[1])
+
+
 def with_template(checkpoint: Path, single: list[str], added: dict[str, int]) -> None:
     """Let the tokenizer surround every prompt, as those of pretrained models do."""
     path = checkpoint / "tokenizer.json"
