@@ -16,6 +16,7 @@ COMMON: list[dict[str, Any]] = [
     {"prompt": "<item:1>"},
     {"prompt": [1, 2, 3], "model": "nezha", "n": 50},
     {"prompt": "<item:1>", "vllm_xargs": {"beam_width": 512, "validity": "final"}},
+    {"prompt": "<item:1>", "vllm_xargs": {"exclude_items": ["i", 1], "exclude_history": True, "min_score": -3.5}},
     {"prompt": "<item:1>", "temperature": 0, "top_p": 0.5, "max_tokens": 300, "seed": 3, "stream": False, "user": "me"},
     {"prompt": "<item:1>", "use_beam_search": True, "logprobs": None},
 ]
@@ -35,8 +36,8 @@ OTHER: list[dict[str, Any]] = [
     {"prompt": "<item:1>", "top_p": 0},
     {"prompt": "<item:1>", "seed": 2**63},
     {"prompt": "<item:1>", "vllm_xargs": [1]},
-    {"prompt": "<item:1>", "vllm_xargs": {"beam_width": 7.5}},
-    {"prompt": "<item:1>", "vllm_xargs": {"beam_width": True}},
+    {"prompt": "<item:1>", "vllm_xargs": {"exclude_items": {"i": 1}}},
+    {"prompt": "<item:1>", "vllm_xargs": {"exclude_items": [1.5]}},
     {"prompt": "<item:1>", "a_field_of_the_next_version": None},
 ]
 
