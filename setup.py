@@ -37,7 +37,7 @@ setup(
         "dev": [
             *("hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6"),
             *("matplotlib>=3.8", "pandas>=2"),  # tests of benchmarks/
-            "triton>=3.5; platform_system == 'Linux'",  # the kernels' tests run in its interpreter
+            "triton==3.6.0; platform_system == 'Linux'",  # the kernels' tests run in its interpreter
         ],
     },
     entry_points=PLUGIN,
