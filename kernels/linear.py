@@ -4,6 +4,14 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def tile_of(tiles):
+    """The program's line of ``tiles``, see `request_products`."""
+    line = tiles + tl.program_id(0) * 5
+    row = tl.load(line).to(tl.int64)
+    return row, tl.load(line + 1), tl.load(line + 2), tl.load(line + 3), tl.load(line + 4)
+
+
 @triton.jit(do_not_specialize=["num_requests"])
 def request_products(
     hidden, weights, tiles, out,
@@ -16,12 +24,7 @@ def request_products(
     hidden [N, S, H]; weights [rows, H]; tiles int32 [programs, 5], one line a block of rows of ``weights``: first row,
     how many, the state to multiply with, the state to add to it or -1, first column of ``out``; out float32 [N, …].
     """
-    line = tiles + tl.program_id(0) * 5
-    row = tl.load(line).to(tl.int64)
-    num_rows = tl.load(line + 1)
-    first = tl.load(line + 2)
-    second = tl.load(line + 3)
-    column = tl.load(line + 4)
+    row, num_rows, first, second, column = tile_of(tiles)
     request = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = request < num_requests
     offset = tl.arange(0, BLOCK_C)
@@ -48,12 +51,7 @@ def few_request_products(
 
     tiles as there, with at most BLOCK_C rows a line; BLOCK_H is the power of two from H on.
     """
-    line = tiles + tl.program_id(0) * 5
-    row = tl.load(line).to(tl.int64)
-    num_rows = tl.load(line + 1)
-    first = tl.load(line + 2)
-    second = tl.load(line + 3)
-    column = tl.load(line + 4)
+    row, num_rows, first, second, column = tile_of(tiles)
     offset = tl.arange(0, BLOCK_C)
     inner = tl.arange(0, BLOCK_H)
     inside = inner < H

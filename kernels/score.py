@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .validity import has_child
+from .validity import has_child, rule_of
 
 
 @triton.jit(do_not_specialize=["num_requests"], do_not_specialize_on_alignment=["counts"])
@@ -43,9 +43,7 @@ def score_children(
             prefix = tl.load(prefixes + row)
             low, high = tl.load(lows + row), tl.load(highs + row)
             inside = tl.minimum(codes, size - 1)
-            rule = tl.load(asked + 3 * num_requests + request)
-            begin = tl.load(asked + 4 * num_requests + request)
-            end = tl.load(asked + 5 * num_requests + request)
+            rule, begin, end = rule_of(asked, num_requests, request)
             valid = has_child(
                 keys, table, prefix, low, high, inside, size, suffix, rule, positions, begin, end, IN_TABLE
             )

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .order import DEAD, ordered, ordered_at, places, threshold
-from .validity import any_eligible, child_range
+from .validity import any_eligible, child_range, rule_of
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def select_beams(
 
     kept = tl.load(counts + request)
     count = kept * groups
-    # A loop, not three calls: a program runs through its code once, and fetching it is a large part of the time.
+    # a loop, not three calls: half the machine code, all of which a program has to fetch once
     for stage in range(3):
         looked_at = values
         if stage == 0:
@@ -119,9 +119,7 @@ def select_beams(
         tl.store(new_history + (first + beam) * L + level, past, mask=alive)
     if LEVEL + 1 == L:
         tl.debug_barrier()
-        rule = tl.load(asked + 3 * num_requests + request)
-        begin = tl.load(asked + 4 * num_requests + request)
-        end = tl.load(asked + 5 * num_requests + request)
+        rule, begin, end = rule_of(asked, num_requests, request)
         valid = alive & any_eligible(low, high, rule, positions, begin, end)
         key = tl.where(valid, ordered(total), DEAD).to(tl.int64)
         # descending by score, then by place: one ascending sort of both in one integer

@@ -22,6 +22,13 @@ def lower_bound(keys, low, high, target):
 
 
 @triton.jit
+def rule_of(asked, num_requests, request):
+    """A request's rule and where its positions begin and end, of the options [6, N] of `Plan.search`."""
+    line = asked + 3 * num_requests + request
+    return tl.load(line), tl.load(line + num_requests), tl.load(line + 2 * num_requests)
+
+
+@triton.jit
 def any_eligible(low, high, rule, positions, begin, end):
     """Whether some of the keys [low, high) may be taken under a request's rule.
 

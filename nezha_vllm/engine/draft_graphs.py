@@ -61,6 +61,8 @@ class DraftGraphs:
         max_width: widest beam a request may ask for, at most 4,096.
     """
 
+    room_for_positions = MAX_POSITIONS  # of the rules of a step, together
+
     def __init__(self, plan: Plan, max_requests: int, max_width: int) -> None:
         self.plan, self.num_levels = plan, plan.codec.num_levels
         self.widths = [width for width in WIDTHS if width < max_width]
@@ -89,17 +91,14 @@ class DraftGraphs:
             "NEZHA: compiling the beam search for widths %s; the first start takes some 30 s longer", self.widths
         )
         # a collection that frees something on the device in the middle of a capture would spoil it
+        collecting = gc.isenabled()
         gc.collect()
         gc.disable()
         try:
             self.graphs = {shape: self._capture(*shape) for shape in sorted(shapes, reverse=True)}
         finally:
-            gc.enable()
-
-    @property
-    def room_for_positions(self) -> int:
-        """How many positions the rules of a step may have together."""
-        return MAX_POSITIONS
+            if collecting:
+                gc.enable()
 
     def _row(self, width: int) -> int:
         return 2 + width * (1 + self.num_levels)

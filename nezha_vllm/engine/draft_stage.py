@@ -96,7 +96,7 @@ class DraftStage:
         if len(rows) < num_requests:
             hidden_NSH = hidden_NSH[torch.tensor(rows, device=states.device)]
         beams = self._search(hidden_NSH, active)
-        packed = payload.pack(beams, max(search.num_ids for search in active))
+        packed = payload.pack(beams, self._width(searches))
         if len(rows) == num_requests:
             return packed
         target = torch.tensor(rows, device=states.device)

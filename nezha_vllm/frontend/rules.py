@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,11 @@ import numpy as np
 from nezha_vllm.catalogue import Catalogue, UnknownItemError
 from nezha_vllm.eligibility import Eligibility, eligibility, positions_of, rows_of_positions
 from nezha_vllm.frontend.errors import bad_request
+from nezha_vllm.frontend.prompts import ITEM
 from nezha_vllm.frontend.service import Service
 
 RULES = ("exclude_items", "allow_items", "exclude_history", "min_score", "max_per_id")
 MAX_ITEMS = 65_536
-ITEM = re.compile(r"<item:([^>]*)>")
 
 
 class PromptTokens(list):
@@ -93,18 +93,12 @@ def _item_list(options: Mapping[str, Any], name: str) -> list[str]:
     return [str(item) for item in items]
 
 
-def _known(catalogue: Catalogue, items: Iterable[str]) -> tuple[np.ndarray, int]:
+def _known(catalogue: Catalogue, items: Sequence[str]) -> tuple[np.ndarray, int]:
     """Rows of the items that the catalogue holds, and how many it does not hold."""
-    rows: list[int] = []
-    unknown = 0
-    items = list(items)
-    try:
+    with suppress(UnknownItemError):  # all at once is many times as fast as one by one
         return np.array(catalogue.rows(items), np.int64), 0
-    except UnknownItemError:
-        pass
+    rows = []
     for item in items:
-        try:
+        with suppress(UnknownItemError):
             rows.append(catalogue.row(item))
-        except UnknownItemError:
-            unknown += 1
-    return np.array(rows, np.int64), unknown
+    return np.array(rows, np.int64), len(items) - len(rows)
