@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +77,8 @@ def measure_grid(recorder: Recorder) -> None:
     head = random_head(recorder.sizes, arguments.hidden, recorder.dtype)
     for items in arguments.items:
         for where, plan in plans(recorder, head, items):
-            for width in arguments.widths:
-                for batch in arguments.batches:
-                    cell = where | {"beam_width": width, "concurrency": batch}
-                    guarded(recorder, head, plan, cell)
+            for width, batch in product(arguments.widths, arguments.batches):
+                guarded(recorder, head, plan, where | {"beam_width": width, "concurrency": batch})
             del plan
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from benchmarks import wrk
 from benchmarks.engines import System, open_system
-from benchmarks.measure import Recorder, one_by_one
+from benchmarks.measure import Recorder, one_by_one, run
 from benchmarks.options import make_parser, parse, run_apart
 from benchmarks.rows import latencies
-from benchmarks.served import Target, probe, serving
+from benchmarks.served import Target, each_cell, probe
 from benchmarks.vllm_bench import VllmBench
 from benchmarks.workload import Cell, Workload, grid
 
@@ -28,15 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(make_parser(__doc__), argv)
     if len(arguments.systems) > 1 and arguments.over != "http":
         return run_apart("benchmarks.latency", arguments)
-    workload = Workload.of(arguments.model)
-    recorder = Recorder("latency", arguments, workload)
-    try:
-        if arguments.over == "http":
-            over_http(recorder, arguments, workload)
-        else:
-            offline(recorder, arguments, workload)
-    finally:
-        recorder.print()
+    run("latency", arguments, over_http, offline)
     return 0
 
 
@@ -74,13 +66,7 @@ def engine_tokens(system: str, cell: Cell, workload: Workload) -> int:
 def over_http(recorder: Recorder, arguments: argparse.Namespace, workload: Workload) -> None:
     # without wrk, the workers import vLLM while the first server starts
     with nullcontext() if wrk.installed() else VllmBench(1) as bench:
-        for system in arguments.systems:
-            try:
-                with serving(system, arguments.model, workload, arguments.vllm_args) as target:
-                    for cell in grid(system, arguments.prompts, arguments.beams):
-                        measure_http(recorder, target, cell, arguments, bench)
-            except RuntimeError as error:  # the other systems are still to be measured
-                print(f"{system}: {error}", file=sys.stderr)
+        each_cell(arguments, workload, lambda target, cell: measure_http(recorder, target, cell, arguments, bench))
 
 
 def measure_http(

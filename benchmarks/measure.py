@@ -65,6 +65,23 @@ class Recorder:
         print_rows(self.rows, f"{self.benchmark}, {self.arguments.label}")
 
 
+def run(
+    benchmark: str,
+    arguments: argparse.Namespace,
+    over_http: Callable[[Recorder, argparse.Namespace, Workload], None],
+    offline: Callable[[Recorder, argparse.Namespace, Workload], None],
+    summary: Callable[[Recorder], None] = lambda _: None,
+) -> None:
+    """Measure one way or the other; what was measured is printed whatever happens."""
+    workload = Workload.of(arguments.model)
+    recorder = Recorder(benchmark, arguments, workload)
+    try:
+        (over_http if arguments.over == "http" else offline)(recorder, arguments, workload)
+    finally:
+        recorder.print()
+        summary(recorder)
+
+
 def print_rows(rows: Sequence[Row], title: str, columns: Mapping[str, str] = SHOWN) -> None:
     """A short table of ``columns``, head to attribute of a row; those that no row fills are left out."""
     shown = {head: [_text(getattr(row, name)) for row in rows] for head, name in columns.items()}

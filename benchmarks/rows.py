@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -126,11 +128,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
     """Linear interpolation between the closest ranks, numpy's default. Raises ``ValueError`` without values."""
     if not values:
         raise ValueError("no values to take a percentile of")
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+    return float(np.percentile(values, percent))
 
 
 def latencies(milliseconds: Sequence[float]) -> dict[str, float]:

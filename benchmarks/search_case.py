@@ -13,7 +13,7 @@ from benchmarks import floors
 from nezha_vllm.beam import MAX_SCORES
 from nezha_vllm.draft_head import DraftHead, reference_beam_search
 from nezha_vllm.search_memory import Workspace, width_bucket
-from nezha_vllm.triton_search import MAX_ROWS, Plan
+from nezha_vllm.triton_search import Plan
 
 OURS = ("few_request_products", "request_products", "score_children", "select_beams", "context_states", "beam_products")
 
@@ -55,12 +55,12 @@ class SearchCase:
         device = plan.weights.device
         self.plan, self.requests, self.width = plan, requests, width
         self.bucket = width_bucket(width)
-        self.step = min(requests, max(1, MAX_ROWS // self.bucket))  # requests of a launch
+        self.step = min(requests, max(1, plan.most_rows // self.bucket))  # requests of a launch
         levels = plan.codec.num_levels
         shape = (requests, levels + 1, plan.hidden_size)
         torch.manual_seed(2)
         self.hidden_NSH = torch.randn(shape, device=device).to(plan.weights.dtype)
-        self.work = Workspace(plan, self.step * self.bucket, self.step)
+        self.work = Workspace(plan, self.step * self.bucket, self.step, [self.bucket])
         self.out = torch.zeros(requests, 2 + self.bucket * (1 + levels), dtype=torch.int32, device=device)
         options = torch.tensor([[width], [int(stepwise)], [1], [0], [0], [0]], dtype=torch.int32, device=device)
         self.options = [options.repeat(1, len(part)) for part in self.hidden_NSH.split(self.step)]

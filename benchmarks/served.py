@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.stock import beside, stock_checkpoint
-from benchmarks.workload import Cell, Workload
+from benchmarks.workload import Cell, Workload, grid
 from nezha_vllm.server import Server, ServerError, free_port
 
 MODEL = "bench"
@@ -72,6 +74,17 @@ def probe(target: Target, cell: Cell, seed: int, timeout: float = 300.0) -> Prob
         raise RuntimeError(f"no answer: {error}") from None
     milliseconds = 1000 * (time.perf_counter() - start)
     return Probe(milliseconds, answer["usage"]["prompt_tokens"], len(answer["choices"]))
+
+
+def each_cell(arguments: argparse.Namespace, workload: Workload, measure: Callable[[Target, Cell], None]) -> None:
+    """``measure`` every cell of every system, each system behind a server of its own."""
+    for system in arguments.systems:
+        try:
+            with serving(system, arguments.model, workload, arguments.vllm_args) as target:
+                for cell in grid(system, arguments.prompts, arguments.beams):
+                    measure(target, cell)
+        except RuntimeError as error:  # the other systems are still to be measured
+            print(f"{system}: {error}", file=sys.stderr)
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from typing import Any
 from benchmarks import wrk
 from benchmarks.engines import System, open_system
 from benchmarks.latency import engine_tokens
-from benchmarks.measure import Recorder, print_rows, repeat
+from benchmarks.measure import Recorder, print_rows, repeat, run
 from benchmarks.options import make_parser, parse, run_apart
 from benchmarks.rows import Row, latencies
-from benchmarks.served import Probe, Target, probe, serving
+from benchmarks.served import Probe, Target, each_cell, probe
 from benchmarks.vllm_bench import VllmBench
 from benchmarks.workload import Cell, Workload, grid
 
@@ -42,30 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(parser, argv)
     if len(arguments.systems) > 1 and arguments.over != "http":
         return run_apart("benchmarks.throughput", arguments)
-    workload = Workload.of(arguments.model)
-    recorder = Recorder("throughput", arguments, workload)
-    try:
-        if arguments.over == "http":
-            over_http(recorder, arguments, workload)
-        else:
-            offline(recorder, arguments, workload)
-    finally:
-        recorder.print()
-        if arguments.over == "http":
-            print_rows(within(recorder.rows, arguments.p99), f"most requests/s with p99 ≤ {arguments.p99:g} ms")
+    run("throughput", arguments, over_http, offline, best_of)
     return 0
+
+
+def best_of(recorder: Recorder) -> None:
+    arguments = recorder.arguments
+    if arguments.over == "http":
+        print_rows(within(recorder.rows, arguments.p99), f"most requests/s with p99 ≤ {arguments.p99:g} ms")
 
 
 def over_http(recorder: Recorder, arguments: argparse.Namespace, workload: Workload) -> None:
     needed = arguments.processes if arguments.rates or not wrk.installed() else 0
     with VllmBench(needed) as bench:
-        for system in arguments.systems:
-            try:
-                with serving(system, arguments.model, workload, arguments.vllm_args) as target:
-                    for cell in grid(system, arguments.prompts, arguments.beams):
-                        sweep(recorder, target, cell, arguments, bench)
-            except RuntimeError as error:  # the other systems are still to be measured
-                print(f"{system}: {error}", file=sys.stderr)
+        each_cell(arguments, workload, lambda target, cell: sweep(recorder, target, cell, arguments, bench))
 
 
 def sweep(recorder: Recorder, target: Target, cell: Cell, arguments: argparse.Namespace, bench: VllmBench) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,19 +31,22 @@ def measure_validity(recorder: Recorder) -> None:
     for items in arguments.items:
         for where, plan in plans(recorder, head, items):
             with_tables = f"tables at levels {tabled(plan)}"
-            for lookup, changed in ((with_tables, plan), ("binary search", without_tables(head, plan))):
-                for width in arguments.widths:
-                    for batch in arguments.batches:
-                        cell = where | {"beam_width": width, "concurrency": batch}
-                        if recorder.late():
-                            recorder.add("triton", "draft stage", **cell, note="skipped: the time is spent")
-                            continue
-                        try:
-                            measure_cell(recorder, changed, lookup, cell)
-                        except (torch.OutOfMemoryError, RuntimeError) as error:
-                            recorder.add("triton", "draft stage", **cell, note=str(error)[:160])
-                        torch.cuda.empty_cache()
-            del plan, changed
+            lookups = ((with_tables, plan), ("binary search", without_tables(head, plan)))
+            for (lookup, changed), width, batch in product(lookups, arguments.widths, arguments.batches):
+                guarded(recorder, changed, lookup, where | {"beam_width": width, "concurrency": batch})
+            del plan, changed, lookups
+
+
+def guarded(recorder: Recorder, plan: Plan, lookup: str, cell: dict[str, Any]) -> None:
+    """One cell; what fails, or comes too late, leaves a row with a note."""
+    if recorder.late():
+        recorder.add("triton", "draft stage", **cell, note="skipped: the time is spent")
+        return
+    try:
+        measure_cell(recorder, plan, lookup, cell)
+    except RuntimeError as error:  # out of memory is one
+        recorder.add("triton", "draft stage", **cell, note=str(error)[:160])
+    torch.cuda.empty_cache()
 
 
 def costs(rows: Sequence[Row]) -> list[Row]:

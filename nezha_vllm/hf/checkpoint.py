@@ -111,7 +111,7 @@ def write_checkpoint(
     with torch.device("meta"):
         family = next(name for name, config_class in CONFIG_CLASSES.items() if isinstance(config, config_class))
         shapes = {name: tuple(value.shape) for name, value in MODEL_CLASSES[family](config).state_dict().items()}
-    generator = np.random.default_rng(seed)  # ten times as fast as torch's, on one core
+    generator = np.random.default_rng(seed)  # 25 s for 1.2 billion numbers, torch's takes 68
 
     def make(name: str) -> Tensor:
         return weights[name] if name in weights else _random(name, shapes[name], config, dtype, generator)
