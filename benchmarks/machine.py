@@ -45,7 +45,9 @@ def commit() -> str:
 
 
 def _gpu() -> tuple[str, str]:
-    listed = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    chosen = ["-i", visible] if visible else []
+    listed = _output("nvidia-smi", *chosen, "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines()
     if not listed:
         return f"none, {os.cpu_count()} CPU cores", ""
     name, driver = (part.strip() for part in listed[0].split(","))

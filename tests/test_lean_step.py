@@ -20,7 +20,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
 # up to what 32 prompts of up to 128 tokens have together
 GRAPHS = {"cudagraph_mode": "FULL", "cudagraph_capture_sizes": [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]}
 SAME = 1e-5  # on scores: float32 on the same kernels, whose rows may lie elsewhere in a batch
-BATCHES = (1, 7, 32)
+BATCHES = (1, 7, 32, 64, 256)
+MOST_LEAN = 32  # prompts that fit the largest graph together
 
 
 def engine(checkpoint: Path, *, lean: bool, **options: object) -> LLM:
@@ -28,7 +29,7 @@ def engine(checkpoint: Path, *, lean: bool, **options: object) -> LLM:
         "enforce_eager": False,
         "compilation_config": GRAPHS,
         "gpu_memory_utilization": 0.2,
-        "max_num_seqs": 64,
+        "max_num_seqs": 256,
         "additional_config": {"nezha": {"lean_step": lean}},
     }
     return start(checkpoint, **(settings | options))
@@ -44,7 +45,7 @@ def stop(llm: LLM) -> None:
 
 def all_batches(llm: LLM, checkpoint: Path, size: int) -> list[RequestOutput]:
     """Every prompt length from 1 to 128, ``size`` prompts at once: long ones next to short ones."""
-    lengths = [length for first in range(4) for length in LENGTHS[first::4]]
+    lengths = [length for first in range(4) for length in LENGTHS[first::4]] * -(-size // len(LENGTHS))
     outputs: dict[int, RequestOutput] = {}
     for first in range(0, len(lengths), size):
         group = lengths[first : first + size]
@@ -83,6 +84,8 @@ def test_every_prompt_length_gives_the_same_answer(
     before = lean_steps(llm)
     outputs = all_batches(llm, checkpoint, size)
     assert_same(outputs, expected)
+    if size > MOST_LEAN:
+        return
     assert all(output.num_cached_tokens == 0 for output in outputs)
     # a prompt that arrives while a step runs opens another step, so there may be more of them than batches
     assert lean_steps(llm) - before >= -(-len(LENGTHS) // size)
