@@ -14,7 +14,7 @@ import torch
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.data.dataset import Dataset
 from nezha_vllm.training.baselines import Markov, Popularity
-from nezha_vllm.training.comparison import compare, table, to_json
+from nezha_vllm.training.comparison import BASELINES, compare, table, to_json
 from nezha_vllm.training.evaluation import model_ranks, target_loss
 from nezha_vllm.training.fit import codes_of, fit
 from nezha_vllm.training.metrics import UNRANKED, ndcg, ranks_of, summary
@@ -203,6 +203,17 @@ def test_comparison_treats_every_method_alike(catalogue, rings):
     assert without.rows["NEZHA"]["hit@10"] > kept.rows["NEZHA"]["hit@10"]
     assert json.loads(to_json(kept))["rows"] == kept.rows
     assert table(kept).row_count == 3
+
+
+def test_every_baseline_is_measured_and_set_against_the_model(catalogue, rings):
+    model, _ = start(catalogue)
+    found = compare(model, catalogue, rings, part="test", max_history=6, baselines=list(BASELINES))
+    assert list(found.rows) == [*BASELINES.values(), "NEZHA"] == list(found.seconds)
+    assert found.rows["SASRec, full cross-entropy"]["hit@10"] > found.rows["popularity"]["hit@10"]
+    gap = found.against["Markov, first order"]["hit@5"]
+    assert gap["mean"] == pytest.approx(found.rows["NEZHA"]["hit@5"] - 1)
+    assert gap["low"] <= gap["mean"] <= gap["high"] < 0
+    assert gap["p"] < 0.001
 
 
 def test_codes_of_unknown_items_are_refused(catalogue):

@@ -82,7 +82,9 @@ def _show_evaluation(path: Path, console: Console) -> None:
     from nezha_vllm.training.comparison import Comparison, table
 
     stored = json.loads(path.read_text(encoding="utf-8"))
-    console.print(table(Comparison(**{field.name: stored[field.name] for field in fields(Comparison)})))
+    console.print(
+        table(Comparison(**{field.name: stored[field.name] for field in fields(Comparison) if field.name in stored}))
+    )
 
 
 def _recommend(arguments: argparse.Namespace, console: Console) -> None:

@@ -1,18 +1,20 @@
-"""Hit and NDCG at 5 and 10 of a checkpoint beside popularity and first-order Markov counts.
+"""Hit and NDCG at 5 and 10 of a checkpoint beside baselines.
 
     nezha evaluate nezha-ml-100k data/ml-100k
     nezha evaluate nezha-ml-100k data/ml-100k --split valid --exclude-history
+    nezha evaluate nezha-ml-100k data/ml-100k --baselines markov knn sasrec --intervals --results runs.csv
 
 Leave-one-out, full ranking: every method ranks all items of the catalogue, and one held-out item a user counts.
-Items of the history stay in every ranking, or with --exclude-history in none. The baselines count what the model was
-trained on. Writes CKPT-evaluation.json beside the checkpoint.
+Items of the history stay in every ranking, or with --exclude-history in none. The baselines learn from what the model
+was trained on; SASRec is trained on the spot, which takes minutes. Writes CKPT-evaluation.json beside the checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 
-SUMMARY = "measure a checkpoint beside popularity and Markov counts"
+SUMMARY = "measure a checkpoint beside baselines"
+BASELINES = ("popularity", "markov", "knn", "sasrec")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beam-width", type=int, metavar="K", help="default: the checkpoint's, or its largest")
     parser.add_argument("--max-history", type=int, metavar="W", help="items of history; default as in training")
     parser.add_argument("--exclude-history", action="store_true", help="rank no item of the history")
+    parser.add_argument(
+        "--baselines",
+        nargs="*",
+        choices=BASELINES,
+        default=["popularity", "markov"],
+        help="methods beside the checkpoint (default popularity markov); sasrec is trained first",
+    )
+    parser.add_argument("--intervals", action="store_true", help="show the differences with 95 %% intervals")
+    parser.add_argument("--seed", type=int, default=0, help="of SASRec and the bootstrap (default %(default)s)")
+    parser.add_argument("--results", metavar="FILE", help="add one line a method to this CSV")
     parser.add_argument("--json", metavar="FILE", help="default CKPT-evaluation.json")
 
 
@@ -43,10 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
     from nezha_vllm.folders import write_atomically
     from nezha_vllm.hf.modeling import register_models
     from nezha_vllm.hf.prompt import prefix_token_ids
-    from nezha_vllm.training.comparison import compare, table, to_json
-    from nezha_vllm.training.start import trained_history
+    from nezha_vllm.training.comparison import compare, differences, table, to_json
+    from nezha_vllm.training.results import append
+    from nezha_vllm.training.start import trained_history, training_note
 
-    folder = Path(arguments.checkpoint)
+    folder, progress = Path(arguments.checkpoint), Console(stderr=True)
     check_checkpoint(folder)
     logging.disable_progress_bar()
     register_models()
@@ -61,9 +74,16 @@ def run(arguments: argparse.Namespace) -> int:
         beam_width=arguments.beam_width,
         exclude_history=arguments.exclude_history,
         prefix=prefix_token_ids(AutoTokenizer.from_pretrained(folder), model.config),
-        track=lambda steps: track(steps, "ranking", console=Console(stderr=True), total=len(steps)),
+        baselines=arguments.baselines,
+        seed=arguments.seed,
+        track=lambda steps: track(steps, "ranking", console=progress, total=len(steps)),
+        write=lambda line: progress.print(line, highlight=False),
     )
     Console().print(table(comparison))
+    if arguments.intervals:
+        Console().print(differences(comparison))
+    if arguments.results:
+        append(arguments.results, comparison, dataset, training_note(folder))
     path = Path(arguments.json) if arguments.json else folder.absolute().with_name(f"{folder.name}-evaluation.json")
     write_atomically(path, to_json(comparison))
     return 0

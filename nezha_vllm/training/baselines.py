@@ -1,4 +1,4 @@
-"""What every recommender must beat: popularity, and first-order Markov counts. Both rank all items."""
+"""What every recommender must beat without training: popularity, first-order Markov counts, neighbours of items."""
 
 from __future__ import annotations
 
@@ -6,8 +6,21 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 
-class Popularity:
+
+class Baseline:
+    """Ranks all items of ``item_ids`` for a history, best first."""
+
+    def recommend(self, history: Sequence[str]) -> list[str]:
+        raise NotImplementedError
+
+    def recommend_all(self, histories: Sequence[Sequence[str]], n: int) -> list[list[str]]:
+        """The n best for each history."""
+        return [self.recommend(history)[:n] for history in histories]
+
+
+class Popularity(Baseline):
     """Items by the number of times they occur in training; equal counts by item ID."""
 
     def __init__(self, sequences: Sequence[Sequence[str]], item_ids: Sequence[str]) -> None:
@@ -18,7 +31,7 @@ class Popularity:
         return self.order
 
 
-class Markov:
+class Markov(Baseline):
     """Items by how often they came right after the last item of the history, then by popularity."""
 
     def __init__(self, sequences: Sequence[Sequence[str]], item_ids: Sequence[str]) -> None:
@@ -32,3 +45,36 @@ class Markov:
         followers = self.next_counts[history[-1]] if history[-1] in self.next_counts else Counter()
         # sorting is stable: items with equal counts stay in order of popularity
         return sorted(self.popularity.order, key=lambda item: -followers[item])
+
+
+class ItemKnn(Baseline):
+    """Items by their similarity, summed over the items of the history, then by popularity.
+
+    Similar are items that the same users met: the cosine of their columns in the users × items matrix of zeros and
+    ones, kept for the ``neighbours`` nearest of each item. The order of the history does not count.
+    """
+
+    def __init__(self, sequences: Sequence[Sequence[str]], item_ids: Sequence[str], neighbours: int = 100) -> None:
+        from scipy import sparse
+
+        self.order = np.array(Popularity(sequences, item_ids).order, object)
+        self.column = {item: column for column, item in enumerate(self.order.tolist())}
+        cells = [(user, self.column[item]) for user, items in enumerate(sequences) for item in set(items)]
+        users, columns = np.array(cells, np.int64).reshape(-1, 2).T
+        shape = len(sequences), len(self.order)
+        met = sparse.csc_array((np.ones(len(cells), np.float32), (users, columns)), shape=shape)
+        length_M = np.sqrt(np.maximum(met.sum(0), 1))
+        cosine = (met.T @ met).tocsr()
+        cosine.data /= length_M[cosine.indices] * np.repeat(length_M, np.diff(cosine.indptr))
+        cosine.setdiag(0)
+        for start, end in itertools.pairwise(cosine.indptr):
+            row = cosine.data[start:end]
+            if len(row) > neighbours:
+                row[row < np.partition(row, -neighbours)[-neighbours]] = 0
+        cosine.eliminate_zeros()
+        self.similar = cosine
+
+    def recommend(self, history: Sequence[str]) -> list[str]:
+        known = [self.column[item] for item in dict.fromkeys(history) if item in self.column]
+        score_M = self.similar[known].sum(0)
+        return self.order[np.argsort(-score_M, kind="stable")].tolist()

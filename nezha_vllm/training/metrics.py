@@ -10,14 +10,24 @@ CUTOFFS = (5, 10)
 UNRANKED = np.iinfo(np.int64).max
 
 
+def hits(ranks: np.ndarray, k: int) -> np.ndarray:
+    """1 for targets among the first k, else 0; ranks count from 0, ``UNRANKED`` stands for items not returned."""
+    return (ranks < k).astype(np.float64)
+
+
+def gains(ranks: np.ndarray, k: int) -> np.ndarray:
+    """1 / log2(rank + 2) for targets among the first k, else 0: with one relevant item the ideal is 1."""
+    return np.where(ranks < k, 1.0 / np.log2(np.minimum(ranks, k) + 2.0), 0.0)
+
+
 def hit(ranks: np.ndarray, k: int) -> float:
-    """Share of targets among the first k; ranks count from 0, ``UNRANKED`` stands for items not returned."""
-    return float((ranks < k).mean())
+    """Mean of ``hits``."""
+    return float(hits(ranks, k).mean())
 
 
 def ndcg(ranks: np.ndarray, k: int) -> float:
-    """Mean of 1 / log2(rank + 2) over targets among the first k, else 0: with one relevant item the ideal is 1."""
-    return float(np.where(ranks < k, 1.0 / np.log2(np.minimum(ranks, k) + 2.0), 0.0).mean())
+    """Mean of ``gains``."""
+    return float(gains(ranks, k).mean())
 
 
 def summary(ranks: np.ndarray, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:

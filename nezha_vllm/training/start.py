@@ -84,8 +84,12 @@ def save_trained(
         (scratch / TRAINING_NOTE).write_text(json.dumps(asdict(options), indent=2) + "\n", encoding="utf-8")
 
 
+def training_note(folder: Path) -> dict[str, Any]:
+    """The options that a checkpoint was trained with; empty if it was not trained here."""
+    note = Path(folder) / TRAINING_NOTE
+    return json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+
+
 def trained_history(folder: Path) -> int:
     """Items of history that a checkpoint was trained with."""
-    note = Path(folder) / TRAINING_NOTE
-    stored = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    return int(stored.get("max_history", TrainingOptions.max_history))
+    return int(training_note(folder).get("max_history", TrainingOptions.max_history))

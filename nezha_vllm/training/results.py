@@ -1,0 +1,102 @@
+"""The results file: one line a run, append-only CSV, safe for several processes at once."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nezha_vllm.data.dataset import Dataset
+    from nezha_vllm.training.comparison import Comparison
+
+METRICS = ("hit@5", "hit@10", "ndcg@5", "ndcg@10")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a run beside its figures. ``seconds`` is the time of ``method`` in the evaluation."""
+
+    date: str
+    commit: str
+    dataset: str
+    data_hash: str
+    ties: str
+    split: str
+    method: str
+    config: str
+    seed: int
+    catalogue: str
+    beam_width: int
+    max_history: int
+    exclude_history: bool
+    targets: int
+    items: int
+    seconds: float
+
+
+COLUMNS = [*(field.name for field in fields(Run)), *METRICS]
+
+
+def append(path: str | os.PathLike[str], comparison: Comparison, dataset: Dataset, config: Mapping[str, Any]) -> None:
+    """Add one line for each method of ``comparison``; ``config`` is what the model was trained with.
+
+    Raises:
+        ValueError: the file has other columns, so it is no results file or one of another version.
+    """
+    lines = []
+    for method, figures in comparison.rows.items():
+        settings = dict(config) if method == "NEZHA" else {}
+        run = Run(
+            datetime.now(UTC).isoformat(timespec="seconds"),
+            commit(),
+            comparison.dataset,
+            data_hash(dataset),
+            f"{dataset.provenance.get('ties', '')} {dataset.provenance.get('seed', '')}".strip(),
+            comparison.split,
+            method,
+            json.dumps(settings, sort_keys=True),
+            int(settings.get("seed", 0)),
+            comparison.catalogue_version,
+            comparison.beam_width,
+            comparison.max_history,
+            comparison.exclude_history,
+            comparison.targets,
+            comparison.items,
+            comparison.seconds.get(method, float("nan")),
+        )
+        lines.append([*asdict(run).values(), *(f"{figures[metric]:.6f}" for metric in METRICS)])
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", newline="", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        header = next(csv.reader(file), None)
+        if header is not None and header != COLUMNS:
+            raise ValueError(f"{path} has other columns than a results file of this version; name a new file")
+        csv.writer(file, lineterminator="\n").writerows(lines if header else [COLUMNS, *lines])
+
+
+def data_hash(dataset: Dataset) -> str:
+    """Twelve hex digits of the sequences: equal if and only if users, items and their order are."""
+    digest = hashlib.sha256()
+    for user, items in zip(dataset.users, dataset.sequences, strict=True):
+        digest.update(json.dumps([user, items]).encode())
+    return digest.hexdigest()[:12]
+
+
+def commit() -> str:
+    """The commit of the source, with ``+`` if it was changed since; empty where it is no git checkout."""
+    ask = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
