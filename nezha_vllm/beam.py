@@ -31,6 +31,8 @@ def kernels_run(head: DraftHead) -> bool:
 
     GPUs before compute capability 9.0 lack the shared memory that the kernels' blocks are made for.
     """
+    if type(head) is not DraftHead:
+        return False  # the kernels know this head's recurrence alone, and not that of ablations
     weight = head.logit_heads[0].weight
     if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (9, 0):
         return False

@@ -12,6 +12,7 @@ from nezha_vllm.semantic_id import SemanticIdCodec
 
 SHARED_ID_POLICIES = ("expand", "first", "round_robin")
 VALIDITY_MODES = ("stepwise", "final")
+METHODS = ("nezha", "nezha-1", "nezha-2", "nezha-3", "mtp")
 MAX_LEVELS = 8
 MAX_BEAM_WIDTH = 4096
 
@@ -29,6 +30,7 @@ class NezhaFields:
         validity: default validity mode, ``stepwise`` or ``final``.
         shared_ids: how items that share a semantic ID come out, see ``sharing.ranked_rows``.
         catalogue: folder of the catalogue, relative to the checkpoint.
+        method: ``nezha``, or one that it is compared with, see ``ablations``; only ``nezha`` is served.
     """
 
     codebook_sizes: list[int] = field(default_factory=lambda: [256, 256, 256])
@@ -39,6 +41,7 @@ class NezhaFields:
     validity: str = "stepwise"
     shared_ids: str = "expand"
     catalogue: str = "catalogue"
+    method: str = "nezha"
 
     @property
     def num_levels(self) -> int:
@@ -83,6 +86,8 @@ class NezhaFields:
                 f"config.json: vocab_size is {self.vocab_size}, "  # type: ignore[attr-defined]
                 f"but code_token_offsets or placeholder_token_ids reach token id {spans[-1].stop - 1}"
             )
+        if self.method not in METHODS:
+            raise ValueError(f"config.json: method is {self.method!r}, must be one of {METHODS}")
         if self.validity not in VALIDITY_MODES:
             raise ValueError(f"config.json: validity is {self.validity!r}, must be one of {VALIDITY_MODES}")
         if self.shared_ids not in SHARED_ID_POLICIES:

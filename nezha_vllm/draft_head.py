@@ -43,7 +43,11 @@ class DraftHead(nn.Module):
 
     def next_state(self, level: int, state: Tensor, codes: Tensor) -> Tensor:
         """s_{l+1} [..., H] from s_l [..., H] and the codes [...] chosen at level l."""
-        return torch.tanh(self.code_drive(level, codes) + self.recurrence(level, state))
+        return self.activation(self.code_drive(level, codes) + self.recurrence(level, state))
+
+    def activation(self, drive: Tensor) -> Tensor:
+        """The next state from the sum of ``code_drive`` and ``recurrence``, [..., H]."""
+        return torch.tanh(drive)
 
     def code_drive(self, level: int, codes: Tensor) -> Tensor:
         """The code's part of the next state before tanh, W_ih E_l[t_l] + b_ih, [..., H] for codes [...]."""
@@ -174,7 +178,7 @@ def reference_beam_search(
         if level + 1 < codec.num_levels:
             drive_NKH = code_drives[level][code_NK] if code_drives else head.code_drive(level, code_NK)
             # W_hh before the gather: one row a parent, which at level 1 is one row a request instead of K
-            state_NBH = torch.tanh(drive_NKH + _gather(head.recurrence(level, state_NBH), parent_NK))
+            state_NBH = head.activation(drive_NKH + _gather(head.recurrence(level, state_NBH), parent_NK))
     return _finish(prefix_NB, score_NB, history_NBL, keys_M, eligible or ())
 
 

@@ -37,7 +37,7 @@ def rings():
 
 
 def comparison(rows):
-    return Comparison("rings", "test", 48, 24, False, 6, 10, "v1", rows, {}, dict.fromkeys(rows, 1.5))
+    return Comparison("rings", "test", 48, 24, False, 6, 10, "v1", rows, seconds=dict.fromkeys(rows, 1.5))
 
 
 def test_item_knn_sums_cosines_over_the_history():
@@ -162,7 +162,9 @@ def test_unknown_baselines_are_named(rings):
 
 def test_differences_show_every_baseline():
     gap = {metric: {"mean": 0.01, "low": 0.0, "high": 0.02, "p": 0.04} for metric in ("hit@10", "ndcg@10")}
-    view = differences(Comparison("d", "test", 1, 1, False, 1, 1, "v", {}, {"popularity": gap, "item kNN": gap}))
+    view = differences(
+        Comparison("d", "test", 1, 1, False, 1, 1, "v", {}, against={"popularity": gap, "item kNN": gap})
+    )
     assert view.row_count == 2
     cells = list(itertools.chain(*(column.cells for column in view.columns)))
     assert "+0.0100 (+0.0000 … +0.0200)" in cells

@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--select", choices=("loss", "ndcg@10"), help=f"picks the best epoch (default {default.select})"
     )
+    parser.add_argument(
+        "--method",
+        choices=("nezha", "nezha-1", "nezha-2", "nezha-3", "mtp"),
+        help="what to train: nezha (default), or an ablation to compare it with, which is not served",
+    )
     shape = parser.add_argument_group("shape of --backbone scratch")
     shape.add_argument("--family", choices=("llama", "qwen3"), default="llama")
     shape.add_argument("--hidden", type=int, default=64, help="hidden size (default %(default)s)")
@@ -88,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.disable_progress_bar()  # of loading weights; the training bar stays
     console = Console(stderr=True, soft_wrap=True)
     catalogue = Catalogue.load(arguments.catalogue)
-    model, tokenizer, dtype = starting_model(arguments.backbone, catalogue, arguments, options.seed)
+    model, tokenizer, dtype = starting_model(arguments.backbone, catalogue, arguments, options.seed, arguments.method)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
         f"{dataset.name}: {dataset.counts}; {parameters:,} parameters in {model.config.num_hidden_layers} layers of "

@@ -36,6 +36,11 @@ class ServerSettings:
         """Raises ``ValueError`` that names the wrong option or field and the remedy."""
         config: NezhaConfig = vllm_config.model_config.hf_config
         config.check()
+        if config.method != "nezha":
+            raise ValueError(
+                f"config.json: method is {config.method!r}, which is there to be compared with and not served; "
+                "measure it with `nezha evaluate`, serve a checkpoint of `nezha train --method nezha`"
+            )
         options = (vllm_config.additional_config or {}).get("nezha", {})
         if not isinstance(options, dict):
             raise ValueError(f'--additional-config: "nezha" must be an object of {list(OPTIONS)}, got {options!r}')

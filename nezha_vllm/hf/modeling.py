@@ -17,8 +17,8 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
 
+from nezha_vllm.ablations import HEADS, WITHOUT_PLACEHOLDERS
 from nezha_vllm.config import NezhaConfig, NezhaLlamaConfig, NezhaQwen3Config, register_configs
-from nezha_vllm.draft_head import DraftHead
 from nezha_vllm.hf.recommend import Recommendation, recommend
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class _NezhaMixin(PreTrainedModel):
     def _setup(self, config: NezhaConfig, backbone: type[PreTrainedModel]) -> None:
         config.check()
         self.model = backbone(config)
-        self.draft_head = DraftHead(config.hidden_size, config.codebook_sizes)
+        self.draft_head = HEADS[config.method](config.hidden_size, config.codebook_sizes)
         self.label_smoothing = 0.0
         self.post_init()
 
@@ -90,6 +90,8 @@ class _NezhaMixin(PreTrainedModel):
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
         rows_N11 = torch.arange(len(input_ids), device=input_ids.device)[:, None, None]
+        if self.config.method in WITHOUT_PLACEHOLDERS:
+            read_positions = read_positions[..., :1].expand_as(read_positions)
         hidden_NPSH = hidden_NQH[rows_N11, read_positions]
         if labels is None:
             return NezhaOutput(hidden_states=hidden_NPSH)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nezha_vllm.ablations import LABELS
 from nezha_vllm.training.baselines import Baseline, ItemKnn, Markov, Popularity
 from nezha_vllm.training.evaluation import Track, recommended_items
 from nezha_vllm.training.metrics import CUTOFFS, gains, hits, ranks_of, summary
@@ -48,6 +49,8 @@ class Comparison:
     beam_width: int
     catalogue_version: str
     rows: dict[str, dict[str, float]]
+    model: str = LABELS["nezha"]
+    validity: str = "stepwise"
     against: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -57,7 +60,8 @@ class Comparison:
         return (
             f"leave-one-out, {self.split}: {self.targets:,} users, all {self.items:,} items ranked, "
             f"those of the history {history}; "
-            f"NEZHA: last {self.max_history} items, beam width {self.beam_width}"
+            f"{self.model}: last {self.max_history} items, beam width {self.beam_width}"
+            + (", validity checked at the end" if self.validity == "final" else "")
         )
 
 
@@ -69,6 +73,7 @@ def compare(
     part: str,
     max_history: int,
     beam_width: int | None = None,
+    validity: str | None = None,
     exclude_history: bool = False,
     prefix: Sequence[int] = (),
     baselines: Sequence[str] = ("popularity", "markov"),
@@ -97,6 +102,7 @@ def compare(
     # so deep that the largest cut-off is full when the history has gone
     depth = max(CUTOFFS) + max(map(len, seen))
 
+    name_of_model, mode = LABELS[model.config.method], validity or model.config.validity
     ranks, seconds = {}, {}
 
     def measure(name: str, rank: Callable[[], list[list[str]]]) -> None:
@@ -109,7 +115,7 @@ def compare(
     for name in baselines:
         measure(BASELINES[name], lambda: _baseline(name, split, dataset, seed, write).recommend_all(histories, depth))  # noqa: B023
     measure(
-        "NEZHA",
+        name_of_model,
         lambda: recommended_items(
             model,
             catalogue,
@@ -118,6 +124,7 @@ def compare(
             n=width if exclude_history else max(CUTOFFS),
             max_history=max_history,
             beam_width=width,
+            validity=mode,
             prefix=prefix,
             track=track,
         ),
@@ -132,7 +139,9 @@ def compare(
         width,
         catalogue.version,
         {name: summary(found) for name, found in ranks.items()},
-        {BASELINES[name]: _against(ranks["NEZHA"], ranks[BASELINES[name]], seed) for name in baselines},
+        name_of_model,
+        mode,
+        {BASELINES[name]: _against(ranks[name_of_model], ranks[BASELINES[name]], seed) for name in baselines},
         seconds,
     )
 
@@ -169,10 +178,10 @@ def table(comparison: Comparison) -> Table:
 
 
 def differences(comparison: Comparison) -> Table:
-    """For a terminal: how far NEZHA is above each baseline, with 95 % intervals over users."""
+    """For a terminal: how far the model is above each baseline, with 95 % intervals over users."""
     from rich.table import Table
 
-    view = Table(title="NEZHA minus …", caption="95 % interval and p of a paired bootstrap over users")
+    view = Table(title=f"{comparison.model} minus …", caption="95 % interval and p of a paired bootstrap over users")
     view.add_column("")
     for metric in ("Hit@10", "NDCG@10"):
         view.add_column(metric, justify="right")

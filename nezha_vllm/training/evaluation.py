@@ -29,6 +29,7 @@ def recommended_items(
     n: int = max(CUTOFFS),
     max_history: int,
     beam_width: int | None = None,
+    validity: str | None = None,
     prefix: Sequence[int] = (),
     batch_size: int = 64,
     track: Track = iter,
@@ -38,7 +39,9 @@ def recommended_items(
     found: list[list[str]] = []
     for start in track(range(0, len(histories), batch_size)):
         batch = [items[-max_history:] for items in histories[start : start + batch_size]]
-        answers = recommend(model, batch, n, catalogue=catalogue, beam_width=beam_width, prefix=prefix)
+        answers = recommend(
+            model, batch, n, catalogue=catalogue, beam_width=beam_width, validity=validity, prefix=prefix
+        )
         found += [[answer.item_id for answer in answers_of_one] for answers_of_one in answers]
     return found
 

@@ -38,6 +38,7 @@ class Run:
     beam_width: int
     max_history: int
     exclude_history: bool
+    validity: str
     targets: int
     items: int
     seconds: float
@@ -54,7 +55,7 @@ def append(path: str | os.PathLike[str], comparison: Comparison, dataset: Datase
     """
     lines = []
     for method, figures in comparison.rows.items():
-        settings = dict(config) if method == "NEZHA" else {}
+        settings = dict(config) if method == comparison.model else {}
         run = Run(
             datetime.now(UTC).isoformat(timespec="seconds"),
             commit(),
@@ -69,6 +70,7 @@ def append(path: str | os.PathLike[str], comparison: Comparison, dataset: Datase
             comparison.beam_width,
             comparison.max_history,
             comparison.exclude_history,
+            comparison.validity,
             comparison.targets,
             comparison.items,
             comparison.seconds.get(method, float("nan")),

@@ -26,13 +26,14 @@ TRAINING_NOTE = "training.json"
 
 
 def starting_model(
-    backbone: str, catalogue: Catalogue, shape: Any, seed: int
+    backbone: str, catalogue: Catalogue, shape: Any, seed: int, method: str | None = None
 ) -> tuple[NezhaModel, PreTrainedTokenizerBase, torch.dtype]:
     """Model in float32, tokenizer, and the precision to save in.
 
     Args:
         backbone: ``scratch``, a local Hugging Face folder, or a NEZHA checkpoint.
         shape: ``family``, ``hidden``, ``layers``, ``heads`` and ``intermediate`` of a model from scratch.
+        method: one of ``config.METHODS``; None is ``nezha``, or a NEZHA checkpoint's own.
     """
     register_models()
     torch.manual_seed(seed)
@@ -48,6 +49,7 @@ def starting_model(
             ),
             sizes,
         )
+        config.method = method or "nezha"
         return MODEL_CLASSES[shape.family](config), tokenizer, torch.float32
     if not (Path(backbone) / "config.json").is_file():
         raise ValueError(f"--backbone {backbone}: neither `scratch` nor a folder with a config.json")
@@ -55,10 +57,12 @@ def starting_model(
     saved_dtype = stored.dtype if isinstance(stored.dtype, torch.dtype) else torch.float32
     if type(stored) in CONFIG_CLASSES.values():
         check_catalogue(stored, catalogue)
+        if method not in (None, stored.method):
+            raise ValueError(f"--backbone {backbone} is a checkpoint of {stored.method}: leave --method {method} out")
         model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(backbone), saved_dtype
     config, tokenizer, first_new_token = grown_config(backbone, sizes)
-    config.dtype = torch.float32
+    config.dtype, config.method = torch.float32, method or "nezha"
     model = MODEL_CLASSES[stored.model_type](config)
     missing, unexpected = model.load_state_dict(grown_weights(backbone, config, first_new_token), strict=False)
     strange = [*unexpected, *(name for name in missing if not name.startswith("draft_head."))]
