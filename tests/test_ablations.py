@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from nezha_vllm.engine.settings import ServerSettings
 from nezha_vllm.training.comparison import compare
 from nezha_vllm.training.fit import fit
 from nezha_vllm.training.options import TrainingOptions
-from nezha_vllm.training.start import save_trained, starting_model
+from nezha_vllm.training.start import load_trained, save_trained, starting_model
 
 SIZES = (4, 4, 4)
 SHAPE = SimpleNamespace(family="llama", hidden=64, layers=1, heads=2, intermediate=None)
@@ -104,6 +105,28 @@ def test_ablations_train_are_measured_and_are_not_served(method, catalogue, ring
     model_config = SimpleNamespace(hf_config=loaded.config)
     with pytest.raises(ValueError, match=f"method is '{method}'"):
         ServerSettings.from_vllm(SimpleNamespace(model_config=model_config, additional_config=None))
+
+
+def test_checkpoints_are_compared_in_pairs(catalogue, rings, tmp_path):
+    for folder, method, seed in (("a", "nezha", 0), ("b", "mtp", 0), ("c", "nezha", 1)):
+        model, tokenizer, dtype = starting_model("scratch", catalogue, SHAPE, seed, method)
+        save_trained(tmp_path / folder, model, tokenizer, catalogue, dtype, TrainingOptions(max_history=5, seed=seed))
+    ours, *others = (load_trained(tmp_path / folder) for folder in "abc")
+    ask = {"part": "test", "max_history": 5, "beam_width": 10, "baselines": []}
+    found = compare(ours.model, ours.catalogue, rings, others=others, options=ours.options, **ask)
+    assert list(found.rows) == ["MTP heads", "NEZHA: c", "NEZHA"]
+    assert {name: options["seed"] for name, options in found.options.items()} == {
+        "NEZHA": 0,
+        "MTP heads": 0,
+        "NEZHA: c": 1,
+    }
+    alone = compare(others[1].model, catalogue, rings, **ask)
+    assert found.rows["NEZHA: c"] == alone.rows["NEZHA"]
+    gap = found.against["NEZHA: c"]["hit@10"]["mean"]
+    assert gap == pytest.approx(found.rows["NEZHA"]["hit@10"] - alone.rows["NEZHA"]["hit@10"])
+    fewer = Catalogue.build(ITEMS[:20], catalogue.codes[catalogue.rows(ITEMS[:20])], list(SIZES))
+    with pytest.raises(ValueError, match="b ranks other items"):
+        compare(ours.model, catalogue, rings, others=[replace(others[0], catalogue=fewer)], **ask)
 
 
 def test_final_validity_returns_fewer_items(catalogue, rings):

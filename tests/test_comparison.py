@@ -36,8 +36,9 @@ def rings():
     return Dataset("rings", users, sequences, pa.table({"item_id": ITEMS, "title": ITEMS, "text": ITEMS}))
 
 
-def comparison(rows):
-    return Comparison("rings", "test", 48, 24, False, 6, 10, "v1", rows, seconds=dict.fromkeys(rows, 1.5))
+def comparison(rows, options=None):
+    seconds = dict.fromkeys(rows, 1.5)
+    return Comparison("rings", "test", 48, 24, False, 6, 10, "v1", rows, seconds=seconds, options=options or {})
 
 
 def test_item_knn_sums_cosines_over_the_history():
@@ -126,7 +127,12 @@ def test_results_grow_by_one_line_a_run_whoever_writes(rings, tmp_path):
     path, figures = tmp_path / "deep" / "runs.csv", dict.fromkeys(("hit@5", "hit@10", "ndcg@5", "ndcg@10"), 0.25)
     with ThreadPoolExecutor(4) as pool:
         jobs = [
-            pool.submit(append, path, comparison({"NEZHA": figures, "popularity": figures}), rings, {"seed": seed})
+            pool.submit(
+                append,
+                path,
+                comparison(dict.fromkeys(("NEZHA", "popularity"), figures), {"NEZHA": {"seed": seed}}),
+                rings,
+            )
             for seed in range(8)
         ]
     for job in jobs:
@@ -144,7 +150,7 @@ def test_a_file_with_other_columns_is_no_results_file(rings, tmp_path):
     path = tmp_path / "other.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="name a new file"):
-        append(path, comparison({}), rings, {})
+        append(path, comparison({}), rings)
     assert path.read_text() == "a,b\n1,2\n"
 
 

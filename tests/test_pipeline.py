@@ -43,12 +43,14 @@ def test_items_have_ids_of_their_own(folder: Path) -> None:
 
 def test_evaluate_ranks_all_methods(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate = ["evaluate", str(folder / "checkpoint"), str(folder / "dataset"), "--results", str(folder / "runs.csv")]
-    assert main([*evaluate, "--intervals", "--baselines", "popularity", "markov", "knn"]) == 0
+    evaluate += ["--intervals", "--baselines", "popularity", "markov", "knn"]
+    assert main([*evaluate, "--against", str(folder / "checkpoint")]) == 0
     printed = capsys.readouterr().out
     for name in ("opularity", "Markov", "item kNN", "NEZHA", "NEZHA minus"):
         assert name in printed
     lines = (folder / "runs.csv").read_text().splitlines()
-    assert len(lines) == 1 + 4
+    assert len(lines) == 1 + 5
+    assert "NEZHA: checkpoint" in lines[-2]
     assert '""epochs"": 2' in lines[-1]
 
 

@@ -3,6 +3,7 @@
     nezha evaluate nezha-ml-100k data/ml-100k
     nezha evaluate nezha-ml-100k data/ml-100k --split valid --exclude-history
     nezha evaluate nezha-ml-100k data/ml-100k --baselines markov knn sasrec --intervals --results runs.csv
+    nezha evaluate my-nezha data/mine --against my-mtp my-nezha-1 --intervals
 
 Leave-one-out, full ranking: every method ranks all items of the catalogue, and one held-out item a user counts.
 Items of the history stay in every ranking, or with --exclude-history in none. The baselines learn from what the model
@@ -32,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["popularity", "markov"],
         help="methods beside the checkpoint (default popularity markov); sasrec is trained first",
     )
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="CKPT", help="further checkpoints, of other methods or seeds"
+    )
     parser.add_argument("--intervals", action="store_true", help="show the differences with 95 %% intervals")
     parser.add_argument("--seed", type=int, default=0, help="of SASRec and the bootstrap (default %(default)s)")
     parser.add_argument("--results", metavar="FILE", help="add one line a method to this CSV")
@@ -40,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
-    from typing import Any
 
     from nezha_vllm.data.dataset import Dataset
 
@@ -48,34 +51,31 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
     from rich.progress import track
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from nezha_vllm.catalogue import Catalogue
     from nezha_vllm.cli.checks import check_checkpoint
     from nezha_vllm.folders import write_atomically
-    from nezha_vllm.hf.modeling import register_models
-    from nezha_vllm.hf.prompt import prefix_token_ids
     from nezha_vllm.training.comparison import compare, differences, table, to_json
     from nezha_vllm.training.results import append
-    from nezha_vllm.training.start import trained_history, training_note
+    from nezha_vllm.training.start import load_trained
 
     folder, progress = Path(arguments.checkpoint), Console(stderr=True)
-    check_checkpoint(folder)
+    for checkpoint in (folder, *arguments.against):
+        check_checkpoint(checkpoint)
     logging.disable_progress_bar()
-    register_models()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    catalogue = Catalogue.load(folder / model.config.catalogue)
+    ours = load_trained(folder)
     comparison = compare(
-        model,
-        catalogue,
+        ours.model,
+        ours.catalogue,
         dataset,
         part=arguments.split,
-        max_history=arguments.max_history or trained_history(folder),
+        max_history=arguments.max_history or ours.max_history,
         beam_width=arguments.beam_width,
         validity=arguments.validity,
         exclude_history=arguments.exclude_history,
-        prefix=prefix_token_ids(AutoTokenizer.from_pretrained(folder), model.config),
+        prefix=ours.prefix,
+        options=ours.options,
+        others=[load_trained(Path(other)) for other in arguments.against],
         baselines=arguments.baselines,
         seed=arguments.seed,
         track=lambda steps: track(steps, "ranking", console=progress, total=len(steps)),
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.intervals:
         Console().print(differences(comparison))
     if arguments.results:
-        append(arguments.results, comparison, dataset, training_note(folder))
+        append(arguments.results, comparison, dataset)
     path = Path(arguments.json) if arguments.json else folder.absolute().with_name(f"{folder.name}-evaluation.json")
     write_atomically(path, to_json(comparison))
     return 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nezha_vllm.ablations import LABELS
 from nezha_vllm.training.baselines import Baseline, ItemKnn, Markov, Popularity
-from nezha_vllm.training.evaluation import Track, recommended_items
+from nezha_vllm.training.evaluation import Track, Trained, recommended_items
 from nezha_vllm.training.metrics import CUTOFFS, gains, hits, ranks_of, summary
 from nezha_vllm.training.sasrec import SasRec, SasRecOptions
 from nezha_vllm.training.significance import paired_bootstrap
@@ -37,7 +38,7 @@ class Comparison:
     """``rows``: method → ``hit@5`` …; the rest says how they were measured.
 
     ``against``: baseline → metric → the model's figure minus the baseline's, as in ``significance.Difference``.
-    ``seconds``: method → its training, if any is done here, and ranking.
+    ``seconds``: method → its training, if any is done here, and ranking. ``options``: method → its training options.
     """
 
     dataset: str
@@ -53,6 +54,7 @@ class Comparison:
     validity: str = "stepwise"
     against: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def convention(self) -> str:
@@ -72,11 +74,13 @@ def compare(
     *,
     part: str,
     max_history: int,
+    options: Mapping[str, Any] | None = None,
     beam_width: int | None = None,
     validity: str | None = None,
     exclude_history: bool = False,
     prefix: Sequence[int] = (),
     baselines: Sequence[str] = ("popularity", "markov"),
+    others: Sequence[Trained] = (),
     seed: int = 0,
     track: Track = iter,
     write: Callable[[str], None] = lambda line: None,
@@ -84,12 +88,14 @@ def compare(
     """Rank all items with every method; baselines learn from the training sequences, as the model did.
 
     Args:
+        options: what the model was trained with, to be noted.
         baselines: keys of ``BASELINES``, in the order of the rows.
+        others: further checkpoints, asked with the same beam width, each with its own history and validity.
         seed: of SASRec and of the bootstrap.
         write: gets a line an epoch of SASRec.
 
     Raises:
-        ValueError: a baseline that does not exist.
+        ValueError: a baseline that does not exist, or another checkpoint with other items.
     """
     unknown = [name for name in baselines if name not in BASELINES]
     if unknown:
@@ -103,7 +109,7 @@ def compare(
     depth = max(CUTOFFS) + max(map(len, seen))
 
     name_of_model, mode = LABELS[model.config.method], validity or model.config.validity
-    ranks, seconds = {}, {}
+    ranks, seconds, trained = {}, {}, {name_of_model: dict(options or {})}
 
     def measure(name: str, rank: Callable[[], list[list[str]]]) -> None:
         start = time.perf_counter()
@@ -112,23 +118,26 @@ def compare(
         kept = [[item for item in items if item not in gone] for items, gone in zip(ranked, seen, strict=True)]
         ranks[name] = ranks_of(targets, kept)
 
+    def baseline(name: str) -> list[list[str]]:
+        if name == "sasrec":
+            trained[BASELINES[name]] = asdict(SasRecOptions(seed=seed))
+        return _baseline(name, split, dataset, seed, write).recommend_all(histories, depth)
+
     for name in baselines:
-        measure(BASELINES[name], lambda: _baseline(name, split, dataset, seed, write).recommend_all(histories, depth))  # noqa: B023
-    measure(
-        name_of_model,
-        lambda: recommended_items(
-            model,
-            catalogue,
-            histories,
-            # with exclusion the whole beam is asked for, since any of it may be history
-            n=width if exclude_history else max(CUTOFFS),
-            max_history=max_history,
-            beam_width=width,
-            validity=mode,
-            prefix=prefix,
-            track=track,
-        ),
-    )
+        measure(BASELINES[name], partial(baseline, name))
+    # with exclusion the whole beam is asked for, since any of it may be history
+    common = {"n": width if exclude_history else max(CUTOFFS), "beam_width": width, "track": track}
+    for other in others:
+        if set(other.catalogue.items["item_id"].to_pylist()) != set(catalogue.items["item_id"].to_pylist()):
+            raise ValueError(f"{other.name} ranks other items than the first checkpoint, so no pair can be made")
+        label = LABELS[other.model.config.method]
+        ask: dict[str, Any] = {"max_history": other.max_history, "prefix": other.prefix, **common}
+        if label in (name_of_model, *ranks):
+            label = f"{label}: {other.name}"
+        trained[label] = dict(other.options)
+        measure(label, partial(recommended_items, other.model, other.catalogue, histories, **ask))
+    own: dict[str, Any] = {"max_history": max_history, "prefix": prefix, "validity": mode, **common}
+    measure(name_of_model, partial(recommended_items, model, catalogue, histories, **own))
     return Comparison(
         dataset.name,
         part,
@@ -141,8 +150,9 @@ def compare(
         {name: summary(found) for name, found in ranks.items()},
         name_of_model,
         mode,
-        {BASELINES[name]: _against(ranks[name_of_model], ranks[BASELINES[name]], seed) for name in baselines},
+        {name: _against(ranks[name_of_model], found, seed) for name, found in ranks.items() if name != name_of_model},
         seconds,
+        trained,
     )
 
 

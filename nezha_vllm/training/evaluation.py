@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
     from nezha_vllm.hf.modeling import NezhaLlamaForCausalLM, NezhaQwen3ForCausalLM
 
     NezhaModel = NezhaLlamaForCausalLM | NezhaQwen3ForCausalLM
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint and how it is asked. ``prefix``: token ids before the history; ``options``: it was trained with."""
+
+    name: str
+    model: NezhaModel
+    catalogue: Catalogue
+    max_history: int
+    prefix: Sequence[int] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
 
 Track = Callable[[Sequence[int]], Iterable[int]]
 

@@ -8,11 +8,10 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nezha_vllm.data.dataset import Dataset
@@ -47,15 +46,15 @@ class Run:
 COLUMNS = [*(field.name for field in fields(Run)), *METRICS]
 
 
-def append(path: str | os.PathLike[str], comparison: Comparison, dataset: Dataset, config: Mapping[str, Any]) -> None:
-    """Add one line for each method of ``comparison``; ``config`` is what the model was trained with.
+def append(path: str | os.PathLike[str], comparison: Comparison, dataset: Dataset) -> None:
+    """Add one line for each method of ``comparison``.
 
     Raises:
         ValueError: the file has other columns, so it is no results file or one of another version.
     """
     lines = []
     for method, figures in comparison.rows.items():
-        settings = dict(config) if method == comparison.model else {}
+        settings = comparison.options.get(method, {})
         run = Run(
             datetime.now(UTC).isoformat(timespec="seconds"),
             commit(),

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.config import CONFIG_CLASSES
 from nezha_vllm.folders import replacing
 from nezha_vllm.hf.backbones import tiny_shape
 from nezha_vllm.hf.checkpoint import grown_config, grown_weights, scratch_config
 from nezha_vllm.hf.modeling import MODEL_CLASSES, register_models
+from nezha_vllm.hf.prompt import prefix_token_ids
 from nezha_vllm.hf.recommend import check_catalogue
+from nezha_vllm.training.evaluation import Trained
 from nezha_vllm.training.options import TrainingOptions
 
 if TYPE_CHECKING:
-    from nezha_vllm.catalogue import Catalogue
     from nezha_vllm.training.evaluation import NezhaModel
 
 TRAINING_NOTE = "training.json"
@@ -86,6 +88,20 @@ def save_trained(
         tokenizer.save_pretrained(scratch)
         catalogue.save(scratch / model.config.catalogue)
         (scratch / TRAINING_NOTE).write_text(json.dumps(asdict(options), indent=2) + "\n", encoding="utf-8")
+
+
+def load_trained(folder: Path) -> Trained:
+    """A checkpoint folder, on the GPU where there is one."""
+    register_models()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    return Trained(
+        Path(folder).name,
+        model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        Catalogue.load(Path(folder) / model.config.catalogue),
+        trained_history(folder),
+        prefix_token_ids(AutoTokenizer.from_pretrained(folder), model.config),
+        training_note(folder),
+    )
 
 
 def training_note(folder: Path) -> dict[str, Any]:
