@@ -7,10 +7,13 @@ slots (worker, scheduler) and switches set here are as if the user had given the
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 from typing import TYPE_CHECKING
 
 from packaging.version import Version
+
+from nezha_vllm.engine.cpu_cores import share_cores
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -24,6 +27,8 @@ GPU_WORKER = "nezha_vllm.engine.gpu_worker.NezhaGPUWorker"
 MAX_REQUESTS = 256  # requests a step: more only make each of them wait longer
 GRAPH_SIZES = (*range(8, 256, 8), *range(256, 512, 16), *range(512, 1024, 64), *range(1024, 4097, 256))  # tokens
 SPLITS_OF_VLLM = 32
+API_PROCESS = "ApiServer_"  # what vLLM calls each of several API processes
+PARENTS_VERSION = "NEZHA_CATALOGUE_VERSION_OF_ENGINES"  # set for child processes, read by API processes alone
 SPARE_TOKENS = 1024  # blocks are rounded up, and one is never handed out
 
 
@@ -64,11 +69,24 @@ class NezhaConfigHook:
             raise ValueError(f"--scheduler-cls {scheduler.scheduler_cls} does not work with NEZHA: leave it out")
         scheduler.scheduler_cls = SCHEDULER
         keep_prompt_tail_whole(vllm_config)
-        service = Service.load(vllm_config)
-        additional = dict(vllm_config.additional_config or {})
-        pinned = {**additional.get("nezha", {}), "catalogue_version": service.catalogue.version}
-        vllm_config.additional_config = {**additional, "nezha": pinned}
+        if multiprocessing.current_process().name.startswith(API_PROCESS):
+            pin_catalogue(vllm_config, os.environ.get(PARENTS_VERSION))
+        version = Service.load(vllm_config).catalogue.version
+        pin_catalogue(vllm_config, version)
+        os.environ[PARENTS_VERSION] = version
         install()
+
+
+def pin_catalogue(vllm_config: VllmConfig, version: str | None) -> None:
+    """Let whatever reads the catalogue for this configuration accept only ``version``; the user's own pin stays.
+
+    Engines receive the configuration. Of several API processes each makes it anew, and would read another version than
+    the engines if one was published meanwhile: they hear of the engines' version through the environment.
+    """
+    additional = dict(vllm_config.additional_config or {})
+    options = additional.get("nezha", {})
+    if version is not None and isinstance(options, dict) and options.get("catalogue_version") is None:
+        vllm_config.additional_config = {**additional, "nezha": {**options, "catalogue_version": version}}
 
 
 def check_vllm_version() -> None:
@@ -113,17 +131,20 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
 
 
 def set_cpu_defaults(vllm_config: VllmConfig) -> None:
-    """Where the user has set nothing: no compilation, and no more cache than the longest prompt and 1 GiB need."""
+    """Where the user has set nothing: no compilation, cores for every worker, and no more cache than is needed.
+
+    That is what the longest prompt takes, and 1 GiB at least.
+    """
     from vllm.config import CacheConfig
 
-    model, cache = vllm_config.model_config, vllm_config.cache_config
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    share_cores(parallel.data_parallel_size_local, parallel.local_world_size)
     if vllm_config.compilation_config.mode is None:
         # measured on 2 cores: torch.compile adds 30 s to the start and nothing to a request (9.9 against 9.1 ms)
         model.enforce_eager = True
     untouched = cache.gpu_memory_utilization == CacheConfig.gpu_memory_utilization
     if untouched and cache.kv_cache_memory_bytes is None:
         # vLLM would take 92 % of the memory, and refuse to start where other programs use 8 %
-        parallel = vllm_config.parallel_config
         values_a_token = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
         longest = (model.max_model_len + SPARE_TOKENS) * values_a_token * model.dtype.itemsize
         cache.kv_cache_memory_bytes = max(1 << 30, longest)

@@ -163,6 +163,7 @@ def _objections(runner: Any) -> Iterator[tuple[Any, str]]:
     yield ".".join(__version__.split(".")[:2]) not in READ_VERSIONS, f"vLLM {__version__} is not among those read"
     yield state.draft_stage.graphs is None, "the draft stage is the PyTorch reference"
     yield parallel.data_parallel_size > 1, "data parallel engines agree on every step"
+    yield parallel.tensor_parallel_size > 1, "ranks of tensor parallelism must choose alike, and that was never run"
     yield parallel.pipeline_parallel_size > 1, "pipeline parallelism"
     yield parallel.decode_context_parallel_size > 1 or runner.pcp_manager is not None, "context parallelism"
     yield parallel.enable_eplb or runner.ubatch_runner is not None, "expert balancing or microbatches"
