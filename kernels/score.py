@@ -8,7 +8,7 @@ from .validity import has_child, rule_of
 
 @triton.jit(do_not_specialize=["num_requests"], do_not_specialize_on_alignment=["counts"])
 def score_children(
-    logits, bias, scores, prefixes, lows, highs, asked, positions, counts, keys, table,
+    logits, bias, scores, prefixes, lows, highs, asked, positions, ranks, counts, keys, table,
     log_probs, maxima, group_maxima,
     num_requests, logit_stride, bias_stride, size, suffix, groups,
     K: tl.constexpr, ROOT: tl.constexpr, IN_TABLE: tl.constexpr,
@@ -43,10 +43,11 @@ def score_children(
             prefix = tl.load(prefixes + row)
             low, high = tl.load(lows + row), tl.load(highs + row)
             inside = tl.minimum(codes, size - 1)
-            rule, begin, end = rule_of(asked, num_requests, request)
+            rule, begin, end, ranks_at = rule_of(asked, num_requests, request)
             valid = has_child(
-                keys, table, prefix, low, high, inside, size, suffix, rule, positions, begin, end, IN_TABLE
-            )
+                keys, table, prefix, low, high, inside, size, suffix, rule, positions, begin, end, ranks, ranks_at,
+                IN_TABLE,
+            )  # fmt: skip
             log_p = tl.where(valid, log_p, float("-inf"))
         first = row.to(tl.int64) * groups
         tl.store(log_probs + first * (FAN * FAN) + codes, log_p, mask=codes < groups * (FAN * FAN))

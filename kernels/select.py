@@ -56,7 +56,7 @@ def select_beams(
     log_probs, maxima, group_maxima, chosen, values,
     counts, scores, prefixes, lows, highs, history,
     new_counts, new_scores, new_prefixes, new_lows, new_highs, new_history, parents, codes,
-    asked, positions, keys, table, out,
+    asked, positions, ranks, keys, table, out,
     num_requests, size, suffix, groups, rows, out_stride,
     K: tl.constexpr, L: tl.constexpr, LEVEL: tl.constexpr, IN_TABLE: tl.constexpr, FAN: tl.constexpr,
     BLOCK: tl.constexpr, ONE: tl.constexpr,
@@ -65,7 +65,7 @@ def select_beams(
 
     Beams are rows [N · K] of counts [N], scores, prefixes, lows and highs (the keys below a prefix), history [N · K, L]
     (log p of each level so far); ``new_*`` are those of the children, with their parents and codes. asked int32
-    [6, N] and positions are those of `Plan.search`.
+    [7, N], positions and ranks are those of `Plan.search`.
     BLOCK values are looked at in one go; ONE says that there are never more. ``chosen`` int32 [4, rows] and ``values``
     float32 [N · K · FAN] are scratch.
     At the last level ``out`` int32 [N, 2 + K · (1 + L)] gets how many beams are items, how many were finished, and
@@ -119,8 +119,8 @@ def select_beams(
         tl.store(new_history + (first + beam) * L + level, past, mask=alive)
     if LEVEL + 1 == L:
         tl.debug_barrier()
-        rule, begin, end = rule_of(asked, num_requests, request)
-        valid = alive & any_eligible(low, high, rule, positions, begin, end)
+        rule, begin, end, ranks_at = rule_of(asked, num_requests, request)
+        valid = alive & any_eligible(low, high, rule, positions, begin, end, ranks, ranks_at)
         key = tl.where(valid, ordered(total), DEAD).to(tl.int64)
         # descending by score, then by place: one ascending sort of both in one integer
         rank = tl.sort((-key << 32) + beam, 0)

@@ -23,29 +23,36 @@ def lower_bound(keys, low, high, target):
 
 @triton.jit
 def rule_of(asked, num_requests, request):
-    """A request's rule and where its positions begin and end, of the options [6, N] of `Plan.search`."""
+    """A request's rule, where its positions begin and end, and its ranks, of the options [7, N] of `Plan.search`."""
     line = asked + 3 * num_requests + request
-    return tl.load(line), tl.load(line + num_requests), tl.load(line + 2 * num_requests)
+    rule, begin, end = tl.load(line), tl.load(line + num_requests), tl.load(line + 2 * num_requests)
+    return rule, begin, end, tl.load(line + 3 * num_requests)
 
 
 @triton.jit
-def any_eligible(low, high, rule, positions, begin, end):
+def any_eligible(low, high, rule, positions, begin, end, ranks, ranks_at):
     """Whether some of the keys [low, high) may be taken under a request's rule.
 
     rule 0: all; 1: those at positions[begin:end] alone; 2: all but those. ``positions`` int32, ascending.
+    With ranks_at >= 0, rule 2 starts from the keys of a combination of segments instead of all, those at the positions
+    among them: ranks[ranks_at + m] is how many of the first m keys it has.
     """
     found = low < high
     if rule != 0:
+        taken = high - low
+        if ranks_at >= 0:
+            taken = tl.load(ranks + ranks_at + high) - tl.load(ranks + ranks_at + low)
         first = begin + tl.zeros_like(low)
         last = end + tl.zeros_like(low)
         listed = lower_bound(positions, first, last, high) - lower_bound(positions, first, last, low)
-        found = tl.where(rule == 1, listed > 0, listed < high - low)
+        found = tl.where(rule == 1, listed > 0, listed < taken)
     return found
 
 
 @triton.jit
 def has_child(
-    keys, table, prefix, low, high, codes, size, suffix, rule, positions, begin, end, IN_TABLE: tl.constexpr
+    keys, table, prefix, low, high, codes, size, suffix, rule, positions, begin, end, ranks, ranks_at,
+    IN_TABLE: tl.constexpr,
 ):  # fmt: skip
     """Whether each of a prefix's ``codes`` leads to a key that the request's rule allows.
 
@@ -63,7 +70,7 @@ def has_child(
         behind = first + one.to(tl.int32)
         if rule != 0:
             behind = lower_bound(keys, first, high + tl.zeros_like(codes), (child + 1) * suffix)
-    return any_eligible(first, behind, rule, positions, begin, end)
+    return any_eligible(first, behind, rule, positions, begin, end, ranks, ranks_at)
 
 
 @triton.jit

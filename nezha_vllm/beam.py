@@ -104,15 +104,20 @@ class BeamSearch:
         num_levels = self.head.num_levels
 
         def search(hidden_NSH: Tensor, widths: Sequence[int], stepwise: Sequence[bool], rules: list) -> Beams:
-            kinds, lists = [], []
+            kinds, lists, ranks, ranks_at = [], [], [self.keys_M[:0]], []
             for rule in rules:
                 kinds.append(ALL if rule is None else ONLY if rule.only else ALL_BUT)
                 lists.append(self.keys_M[:0] if rule is None else rule.positions)
+                ranks_at.append(-1)
+                if rule is not None and rule.ranks is not None:
+                    ranks_at[-1] = sum(map(len, ranks))
+                    ranks.append(rule.ranks)
             ends = list(accumulate(map(len, lists)))
-            rows = [widths, [int(flag) for flag in stepwise], [1] * len(widths), kinds, [0, *ends[:-1]], ends]
-            options_6N = torch.tensor(rows, dtype=torch.int32, device=hidden_NSH.device)
-            out = options_6N.new_empty(len(widths), 2 + bucket * (1 + num_levels))
-            plan.search(work, hidden_NSH.contiguous(), options_6N, out, bucket, torch.cat(lists).int())
+            rows = [widths, [int(flag) for flag in stepwise], [1] * len(widths), kinds, [0, *ends[:-1]], ends, ranks_at]
+            options_7N = torch.tensor(rows, dtype=torch.int32, device=hidden_NSH.device)
+            out = options_7N.new_empty(len(widths), 2 + bucket * (1 + num_levels))
+            lists_and_ranks = torch.cat(lists).int(), torch.cat(ranks).int()
+            plan.search(work, hidden_NSH.contiguous(), options_7N, out, bucket, *lists_and_ranks)
             return beams_of(out, num_levels, max(widths))
 
         return search, step

@@ -5,7 +5,8 @@ A catalogue is a folder of three files:
 * ``manifest.json``: format, version, codebook sizes, counts, the size and SHA-256 of the other two
   files, and ``checksum``, the SHA-256 of all this (the manifest without it, as JSON with sorted keys);
 * ``items.arrow``: one row an item in an uncompressed, memory-mappable Arrow IPC file, with ``item_id`` (string),
-  ``codes`` (fixed-size list of int32), ``weight`` (float32) and any metadata columns;
+  ``codes`` (fixed-size list of int32), ``weight`` (float32), any metadata columns, and a boolean column
+  ``segment:NAME`` for each segment;
 * ``keys.safetensors``: ``keys`` int64 [M], the distinct semantic IDs in ascending key order (see ``semantic_id``);
   ``first_row`` int64 [M + 1], where each ID's items start; ``rows_by_id`` int64 [items], rows in order of item ID.
 
@@ -22,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +36,7 @@ from nezha_vllm.catalogue_checks import (
     ITEMS,
     KEYS,
     RESERVED_COLUMNS,
+    check_first_row,
     check_keys,
     check_loaded,
     check_parts,
@@ -44,6 +46,7 @@ from nezha_vllm.folders import check_replaceable, replacing
 from nezha_vllm.item_index import ItemIndex, UnknownItemError
 from nezha_vllm.manifest import MANIFEST, REBUILD, CatalogueError, check_file, write_manifest
 from nezha_vllm.pointer import read_steadily
+from nezha_vllm.segments import PREFIX, Segments, check_segments, segment_columns
 from nezha_vllm.semantic_id import SemanticIdCodec
 
 __all__ = [
@@ -78,6 +81,7 @@ class Catalogue:
         *,
         metadata: Mapping[str, Sequence[Any] | pa.Array] | None = None,
         weights: Sequence[float] | np.ndarray | None = None,
+        segments: Mapping[str, Sequence[bool] | np.ndarray | pa.Array] | None = None,
         version: str | None = None,
     ) -> Catalogue:
         """Order items and index them.
@@ -88,6 +92,7 @@ class Catalogue:
             codebook_sizes: T_1 … T_L.
             metadata: further columns, such as titles, one value an item.
             weights: order of items that share a semantic ID, largest first; default 0 for all.
+            segments: named sets of items that requests may ask for, one true or false an item.
             version: name of this state; default the first 12 digits of a hash of the content.
 
         Raises:
@@ -100,6 +105,7 @@ class Catalogue:
         by_id = pc.sort_indices(ids).to_numpy()
         check_distinct(ids, ids.take(pa.array(by_id)))
         codes, weight = check_parts(count, codes, codec, metadata, weights)
+        in_segments = segment_columns(segments or {}, count)
         key = codec.key(codes)
         # one stable sort after the other, the last the most significant: half the time of lexsort
         order = by_id
@@ -117,6 +123,7 @@ class Catalogue:
             "weight": pa.array(weight[order]),
         }
         columns |= {name: metadata_column(values).take(take) for name, values in metadata.items()}
+        columns |= {name: values.take(take) for name, values in in_segments.items()}
         items = pa.table(columns)
         return cls(
             codec,
@@ -156,6 +163,10 @@ class Catalogue:
         """Weight of every row, float32."""
         return one_array(self.items["weight"]).to_numpy()
 
+    @cached_property
+    def segments(self) -> Segments:
+        return Segments.of(self.items)
+
     def item_id(self, row: int) -> str:
         return self._index.ids([row])[0]
 
@@ -185,7 +196,8 @@ class Catalogue:
 
     def metadata(self, row: int) -> dict[str, Any]:
         """Metadata columns of one row."""
-        names = [name for name in self.items.column_names if name not in RESERVED_COLUMNS]
+        others = (*RESERVED_COLUMNS, *(PREFIX + name for name in self.segments.names))
+        names = [name for name in self.items.column_names if name not in others]
         return {name: self.items[name][row].as_py() for name in names}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -212,6 +224,7 @@ class Catalogue:
                 codebook_sizes=list(self.codec.codebook_sizes),
                 num_items=self.num_items,
                 num_ids=self.num_ids,
+                **({"segments": self.segments.names} if self.segments.names else {}),
             )
 
     @classmethod
@@ -228,8 +241,7 @@ class Catalogue:
             check_file(folder / name, manifest)
         try:
             arrays = load_file(folder / KEYS)
-            with pa.memory_map(str(folder / ITEMS)) as source:
-                items = pa.ipc.open_file(source).read_all()
+            items = _map_items(folder)
             codec = SemanticIdCodec(manifest["codebook_sizes"])
             catalogue = cls(codec, manifest["version"], items, *(arrays[name] for name in ARRAYS))
             check_loaded(catalogue, manifest)
@@ -241,24 +253,48 @@ class Catalogue:
 _UNREADABLE = (KeyError, IndexError, TypeError, OSError, ValueError, pa.ArrowException, SafetensorError)
 
 
-def load_keys(folder: str | os.PathLike[str]) -> tuple[SemanticIdCodec, str, np.ndarray]:
-    """Codec, version and sorted keys alone: what an engine process needs. Raises ``CatalogueError``.
+class Keys(NamedTuple):
+    """What an engine process needs of a catalogue. ``segments`` and ``first_row`` are None where it has no segments."""
+
+    codec: SemanticIdCodec
+    version: str
+    keys: np.ndarray
+    segments: Segments | None
+    first_row: np.ndarray | None
+
+
+def load_keys(folder: str | os.PathLike[str]) -> Keys:
+    """Codec, version, sorted keys and segments, without the items. Raises ``CatalogueError``.
 
     Like ``Catalogue.load``, it takes a catalogue folder or a store.
     """
     return read_steadily(folder, _load_keys)
 
 
-def _load_keys(folder: Path, manifest: dict[str, Any]) -> tuple[SemanticIdCodec, str, np.ndarray]:
-    path = folder / KEYS
+def _load_keys(folder: Path, manifest: dict[str, Any]) -> Keys:
+    path, segments, first_row = folder / KEYS, None, None
     check_file(path, manifest)
+    if manifest.get("segments"):
+        check_file(folder / ITEMS, manifest)
     try:
         with safe_open(path, framework="numpy") as arrays:
             keys = arrays.get_tensor("keys")
-        check_keys(keys, manifest)
+            check_keys(keys, manifest)
+            if manifest.get("segments"):
+                path = folder / ITEMS
+                first_row = arrays.get_tensor("first_row")
+                check_first_row(first_row, manifest)
+                items = _map_items(folder)
+                check_segments(items, manifest)
+                segments = Segments.of(items)
     except _UNREADABLE as error:
         raise CatalogueError(f"{path} cannot be read: {error}; {REBUILD}") from error
-    return SemanticIdCodec(manifest["codebook_sizes"]), manifest["version"], keys
+    return Keys(SemanticIdCodec(manifest["codebook_sizes"]), manifest["version"], keys, segments, first_row)
+
+
+def _map_items(folder: Path) -> pa.Table:
+    with pa.memory_map(str(folder / ITEMS)) as source:
+        return pa.ipc.open_file(source).read_all()
 
 
 def _content_version(codec: SemanticIdCodec, items: pa.Table) -> str:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from nezha_vllm.columns import one_array
 from nezha_vllm.manifest import MANIFEST, CatalogueError
+from nezha_vllm.segments import PREFIX, check_segments
 from nezha_vllm.semantic_id import SemanticIdCodec
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def check_parts(
     for name, values in metadata.items():
         if name in RESERVED_COLUMNS:
             raise CatalogueError(f"metadata column {name!r} has a reserved name; rename it")
+        if name.startswith(PREFIX):
+            raise CatalogueError(f"metadata column {name!r} is named like a segment; rename it or build it as one")
         if len(values) != count:
             raise CatalogueError(f"metadata column {name!r} has {len(values)} values for {count} items")
     weight = np.zeros(count, np.float32) if weights is None else np.asarray(weights, np.float32)
@@ -70,14 +73,11 @@ def check_loaded(catalogue: Catalogue, manifest: dict[str, Any]) -> None:
         raise CatalogueError(f"{ITEMS}: a code is null")
     codec.check_codes(catalogue.codes)
     check_keys(catalogue.keys, manifest)
-    for name in ("first_row", "rows_by_id"):
-        array = getattr(catalogue, name)
-        if array.dtype != np.int64 or array.ndim != 1:
-            raise CatalogueError(f"{KEYS}: {name} must be int64 of one dimension")
-    first = catalogue.first_row
-    sizes = np.diff(first)
-    if len(sizes) != catalogue.num_ids or first[0] != 0 or sizes.min() < 1 or first[-1] != catalogue.num_items:
-        raise CatalogueError(f"{KEYS}: first_row does not cover the items")
+    check_segments(items, manifest)
+    check_first_row(catalogue.first_row, manifest)
+    sizes = np.diff(catalogue.first_row)
+    if catalogue.rows_by_id.dtype != np.int64 or catalogue.rows_by_id.ndim != 1:
+        raise CatalogueError(f"{KEYS}: rows_by_id must be int64 of one dimension")
     if not np.array_equal(np.repeat(catalogue.keys, sizes), codec.key(catalogue.codes)):
         raise CatalogueError(f"{KEYS} and {ITEMS} disagree on the items' semantic IDs")
     _check_order(catalogue)
@@ -102,6 +102,15 @@ def _check_order(catalogue: Catalogue) -> None:
     ordered[catalogue.first_row[1:-1] - 1] = True  # from one semantic ID to the next
     if not ordered.all():
         raise CatalogueError(f"{ITEMS}: items of one semantic ID are not in the order of weight and item ID")
+
+
+def check_first_row(first_row: np.ndarray, manifest: dict[str, Any]) -> None:
+    """Raise ``CatalogueError`` unless the semantic IDs' rows are all rows of the items, one ID behind the other."""
+    if first_row.dtype != np.int64 or first_row.ndim != 1:
+        raise CatalogueError(f"{KEYS}: first_row must be int64 of one dimension")
+    covers = len(first_row) == manifest["num_ids"] + 1 and (first_row[0], first_row[-1]) == (0, manifest["num_items"])
+    if not covers or np.diff(first_row).min() < 1:
+        raise CatalogueError(f"{KEYS}: first_row does not cover the items")
 
 
 def check_keys(keys: np.ndarray, manifest: dict[str, Any]) -> None:

@@ -96,16 +96,20 @@ class Beams:
 class Eligible:
     """Semantic IDs that a request may get: those at ``positions`` among the keys if ``only``, else all but those.
 
-    ``positions`` is an integer tensor, ascending, on the keys' device.
+    ``positions`` is an integer tensor, ascending, on the keys' device. With ``ranks``, those of a combination of
+    segments (see `SegmentRanks`), "all" are the semantic IDs of that combination, and the listed are some of them.
     """
 
     positions: Tensor
     only: bool
+    ranks: Tensor | None = None
 
     def any_in(self, low: Tensor, high: Tensor) -> Tensor:
         """Whether some of the keys [low, high) are eligible."""
         listed = torch.searchsorted(self.positions, high) - torch.searchsorted(self.positions, low)
-        return listed > 0 if self.only else listed < high - low
+        if self.only:
+            return listed > 0
+        return listed < (high - low if self.ranks is None else self.ranks[high] - self.ranks[low])
 
 
 def select(scores_NC: Tensor, widths_N: Tensor) -> tuple[Tensor, Tensor]:

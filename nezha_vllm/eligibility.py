@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.segments import Combination
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,14 @@ class Eligibility:
     """Eligible are the listed rows and IDs alone if ``only``, else all but them.
 
     ``rows`` int64 and ``positions`` int32, both ascending and without repeats. With ``only``, ``positions`` has the IDs
-    of which some item is eligible; else those of which none is.
+    of which some item is eligible; else those of which none is. With a ``combination`` of segments, never together with
+    ``only``, "all" are its items and the IDs that have some, and the listed are some of them.
     """
 
     only: bool
     rows: np.ndarray
     positions: np.ndarray
+    combination: Combination | None = None
 
     def keeps(self, rows: np.ndarray) -> np.ndarray:
         """Whether each of the rows is eligible."""
@@ -31,20 +34,33 @@ class Eligibility:
         listed = np.zeros(len(rows), bool)
         inside = at < len(self.rows)
         listed[inside] = self.rows[at[inside]] == rows[inside]
-        return listed == self.only
+        kept = listed == self.only
+        return kept if self.combination is None else kept & self.combination.holds(rows)
 
 
-def eligibility(catalogue: Catalogue, allowed: np.ndarray | None, excluded: np.ndarray) -> Eligibility | None:
-    """Eligible are the ``allowed`` rows (None: all) without the ``excluded``; None if that leaves out nothing."""
+def eligibility(
+    catalogue: Catalogue, allowed: np.ndarray | None, excluded: np.ndarray, combination: Combination | None = None
+) -> Eligibility | None:
+    """Eligible are the ``allowed`` rows (None: all) of the combination without the ``excluded``.
+
+    None if that leaves out nothing.
+    """
     if allowed is not None:
         rows = np.setdiff1d(allowed, excluded).astype(np.int64)
+        if combination is not None:
+            rows = rows[combination.holds(rows)]
         return Eligibility(True, rows, np.unique(positions_of(catalogue, rows)).astype(np.int32))
-    if len(excluded) == 0:
+    if combination is None and len(excluded) == 0:
         return None
     rows = np.unique(excluded).astype(np.int64)
+    if combination is not None:
+        rows = rows[combination.holds(rows)]
     positions, counts = np.unique(positions_of(catalogue, rows), return_counts=True)
-    whole = counts == catalogue.first_row[positions + 1] - catalogue.first_row[positions]
-    return Eligibility(False, rows, positions[whole].astype(np.int32))
+    sizes = catalogue.first_row[positions + 1] - catalogue.first_row[positions]
+    if combination is not None and len(positions):
+        held = combination.holds(rows_of_positions(catalogue, positions))
+        sizes = np.add.reduceat(held, np.cumsum(sizes) - sizes, dtype=np.int64)
+    return Eligibility(False, rows, positions[counts == sizes].astype(np.int32), combination)
 
 
 def positions_of(catalogue: Catalogue, rows: np.ndarray) -> np.ndarray:
@@ -54,5 +70,6 @@ def positions_of(catalogue: Catalogue, rows: np.ndarray) -> np.ndarray:
 
 def rows_of_positions(catalogue: Catalogue, positions: np.ndarray) -> np.ndarray:
     """All rows of the semantic IDs at these positions."""
-    spans = [np.arange(catalogue.first_row[at], catalogue.first_row[at + 1]) for at in positions]
-    return np.concatenate(spans) if spans else np.empty(0, np.int64)
+    first = catalogue.first_row[positions]
+    counts = catalogue.first_row[positions + 1] - first
+    return np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())

@@ -11,7 +11,9 @@ import pyarrow.compute as pc
 
 from nezha_vllm.catalogue import Catalogue, CatalogueError
 from nezha_vllm.columns import one_array
+from nezha_vllm.segments import MAX_SEGMENTS
 
+STRINGS = (pa.string(), pa.large_string())
 SUFFIXES = (".parquet", ".arrow", ".feather", ".csv", ".csv.gz")
 
 
@@ -45,6 +47,7 @@ def build(
     codes: Sequence[str] = ("codes",),
     weight: str | None = None,
     metadata: Sequence[str] | None = None,
+    segments: Sequence[str] = (),
     version: str | None = None,
 ) -> Catalogue:
     """A catalogue of the file's items.
@@ -53,6 +56,7 @@ def build(
         codes: one column of lists, or one column of integers a level.
         weight: column of the weights; by default ``weight`` if there is one, else all are 0.
         metadata: columns to keep; all others by default.
+        segments: columns of true and false, each a segment of the column's name, or of lists of segments' names.
 
     Raises:
         CatalogueError: what is wrong with which column and row, and what to do.
@@ -60,13 +64,13 @@ def build(
     table = read_table(path, text=[item_id])
     if weight is None and "weight" in table.column_names:
         weight = "weight"
-    used = [item_id, *codes, *([weight] if weight else [])]
+    used = [item_id, *codes, *([weight] if weight else []), *segments]
     others = [name for name in table.column_names if name not in used] if metadata is None else list(metadata)
     for name in [*used, *others]:
         if table.column_names.count(name) != 1:
             raise CatalogueError(
                 f"{path} needs one column {name!r}, it has {table.column_names}; name yours with --item-id, --codes, "
-                "--weight and --metadata"
+                "--weight, --segments and --metadata"
             )
     try:
         return Catalogue.build(
@@ -75,6 +79,7 @@ def build(
             codebook_sizes,
             metadata={name: table[name] for name in others},
             weights=_weights(table[weight], weight) if weight else None,
+            segments=_segments(table, segments),
             version=version,
         )
     except ValueError as error:
@@ -106,6 +111,44 @@ def _codes(table: pa.Table, names: Sequence[str], levels: int) -> np.ndarray:
         raise CatalogueError(f"column {name!r} needs {levels} codes in every row, row {row} has {column[row].as_py()}")
     flat = _integers(pa.chunked_array([column.flatten()]), name, levels)
     return flat.reshape(len(column), levels)
+
+
+def _segments(table: pa.Table, names: Sequence[str]) -> dict[str, pa.Array | np.ndarray]:
+    found: dict[str, pa.Array | np.ndarray] = {}
+    for name in names:
+        column = one_array(table[name])
+        kind = column.type
+        _no_nulls(table[name], name)
+        if pa.types.is_boolean(kind):
+            members: dict[str, pa.Array | np.ndarray] = {name: column}
+        elif (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and kind.value_type in STRINGS:
+            members = _members(column, name)
+        else:
+            raise CatalogueError(
+                f"column {name!r} has type {kind}; segments are columns of true and false or of lists of strings"
+            )
+        twice = sorted(found.keys() & members.keys())
+        if twice:
+            raise CatalogueError(f"column {name!r} has segments {twice[:5]} that another column has, too; rename them")
+        found |= members
+    return found
+
+
+def _members(column: pa.ListArray, name: str) -> dict[str, np.ndarray]:
+    """For each string of a column of lists, which rows have it."""
+    strings = column.flatten()
+    row_of = pc.list_parent_indices(column).to_numpy()
+    if strings.null_count:
+        row = row_of[pc.index(pc.is_null(strings), True).as_py()]
+        raise CatalogueError(f"column {name!r} has nothing in a list in row {row}; fill it in or remove it")
+    encoded = strings.dictionary_encode()
+    if len(encoded.dictionary) > MAX_SEGMENTS:
+        raise CatalogueError(f"column {name!r} has {len(encoded.dictionary)} segments, more than {MAX_SEGMENTS}")
+    which, members = encoded.indices.to_numpy(), {}
+    for at, segment in enumerate(encoded.dictionary.to_pylist()):
+        members[segment] = np.zeros(len(column), bool)
+        members[segment][row_of[which == at]] = True
+    return members
 
 
 def _integers(column: pa.ChunkedArray, name: str, per_row: int = 1) -> np.ndarray:

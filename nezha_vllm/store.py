@@ -210,7 +210,15 @@ class Store:
                 f"codebook sizes are {list(new.codec.codebook_sizes)}, those of the current version "
                 f"{list(current.codec.codebook_sizes)}: it needs another checkpoint, and so another store"
             )
-        lost = 0.0 if force else lost_share(current, new)
+        if force:
+            return
+        missing = [name for name in current.segments.names if name not in new.segments.names]
+        if missing:
+            raise CatalogueError(
+                f"segments {missing} of current version {old.version} are missing, and requests that name them would "
+                "be refused; if that is meant, add --force"
+            )
+        lost = lost_share(current, new)
         if lost > max_lost:
             raise CatalogueError(
                 f"{lost:.1%} of the items of current version {old.version} are missing, more than {max_lost:.1%}; "

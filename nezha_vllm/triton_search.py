@@ -104,32 +104,36 @@ class Plan:
         self,
         work: Workspace,
         hidden_NSH: Tensor,
-        options_6N: Tensor,
+        options_7N: Tensor,
         out: Tensor,
         width: int,
         positions: Tensor | None = None,
+        ranks: Tensor | None = None,
     ) -> None:
         """Launch the search of N requests; ``out`` int32 [N, 2 + K · (1 + L)] gets what `select_beams` describes.
 
         Args:
             hidden_NSH: contiguous, of the weights' dtype.
-            options_6N: int32, contiguous, a row an option: the beam width of each request, at most ``width``; 1 for
+            options_7N: int32, contiguous, a row an option: the beam width of each request, at most ``width``; 1 for
                 stepwise validity, 0 for final; 1 for a request, 0 for a row that is to be left out; its rule, 0 for
-                none, 1 for only the semantic IDs at positions[begin:end], 2 for all but those; begin; end.
+                none, 1 for only the semantic IDs at positions[begin:end], 2 for all but those; begin; end; -1, or
+                with rule 2 where the ranks of its combination of segments begin, which then stands for all.
             width: K, a `width_bucket`.
             positions: int32, positions among the keys, ascending within each rule; None if there are no rules.
+            ranks: int32, arrays [M + 1] one behind the other, see `SegmentRanks`; None if there are no segments.
         """
-        assert options_6N.is_contiguous(), "kernels count on rows of N numbers"
-        positions = options_6N if positions is None else positions
+        assert options_7N.is_contiguous(), "kernels count on rows of N numbers"
+        positions = options_7N if positions is None else positions
+        ranks = options_7N if ranks is None else ranks
         num_requests = len(hidden_NSH)
         rows = num_requests * width
-        parents = replace(work.beams[0], counts=options_6N[2])
+        parents = replace(work.beams[0], counts=options_7N[2])
         self._request_products(work, hidden_NSH)
         for index in range(len(self.levels)):
             children = work.beams[1 + index % 2]
             if index > 0:
                 self._beam_products(work, index, rows, width, parents)
-            self._select(work, index, num_requests, width, parents, children, options_6N, positions, out)
+            self._select(work, index, num_requests, width, parents, children, options_7N, positions, ranks, out)
             if index + 1 < len(self.levels):
                 self._states(work, index, rows, width, children)
             parents = children
@@ -227,8 +231,9 @@ class Plan:
         width: int,
         parents: BeamRows,
         children: BeamRows,
-        options_6N: Tensor,
+        options_7N: Tensor,
         positions: Tensor,
+        ranks: Tensor,
         out: Tensor,
     ) -> None:
         level, root = self.levels[index], index == 0
@@ -244,8 +249,9 @@ class Plan:
             parents.prefixes,
             parents.lows,
             parents.highs,
-            options_6N,
+            options_7N,
             positions,
+            ranks,
             parents.counts,
             self.keys,
             table,
@@ -290,8 +296,9 @@ class Plan:
             children.history,
             work.parents,
             work.codes,
-            options_6N,
+            options_7N,
             positions,
+            ranks,
             self.keys,
             table,
             out,

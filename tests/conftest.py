@@ -25,6 +25,7 @@ settings.load_profile("nezha")
 
 LEVELS = [16, 24, 32]
 BLOCK_SIZE = 32
+SEGMENTS = {"odd": 2, "in stock": 3}  # without every second, every third item
 MOVIES = 1682  # items of MovieLens 100K: real histories fit the catalogue
 
 
@@ -42,7 +43,9 @@ def make_checkpoint(
     codes = np.stack([rng.integers(0, size, items) for size in LEVELS], axis=1)
     codes[1::10] = codes[::10][: len(codes[1::10])]
     names = [f"item-{i}" for i in range(1, items + 1)]
-    catalogue = Catalogue.build(names, codes, LEVELS, metadata={"title": [name.title() for name in names]})
+    titles = [name.title() for name in names]
+    segments = {name: np.arange(1, items + 1) % step > 0 for name, step in SEGMENTS.items()}
+    catalogue = Catalogue.build(names, codes, LEVELS, metadata={"title": titles}, segments=segments)
     config, tokenizer = scratch_config(tiny_shape(family, hidden_size=128, num_hidden_layers=2), LEVELS)
     config.initializer_range = 0.15
     write_checkpoint(folder, config, tokenizer, catalogue, dtype=getattr(torch, dtype), seed=seed)

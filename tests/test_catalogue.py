@@ -97,7 +97,8 @@ def test_saving_and_loading_keep_everything(tmp_path_factory, parts):
     loaded = Catalogue.load(folder)
     assert_same(loaded, catalogue)
     assert [loaded.row(item_id) for item_id in parts["item_ids"]] == [catalogue.row(i) for i in parts["item_ids"]]
-    codec, version, keys = load_keys(folder)
+    codec, version, keys, segments, first_row = load_keys(folder)
+    assert segments is first_row is None
     assert (codec, version) == (catalogue.codec, catalogue.version)
     np.testing.assert_array_equal(keys, catalogue.keys)
 

@@ -183,11 +183,23 @@ def test_rules_leave_the_best_of_the_eligible_items(llm: LLM, checkpoint: Path) 
     seen = {"prompt": f"<item:{best[0]}><item:{best[3]}>"}
     [full] = ask(llm, [seen], n=512, beam_width=512)
     some, threshold = best[5:90:3], ranked[4][1]
+    sold_out = {item for item in best if int(item.removeprefix("item-")) % 3 == 0}
+    odd = {item for item in best if int(item.removeprefix("item-")) % 2}
+    stock = {"segments": ["in stock"]}
     cases = [
         (prompt, ranked, {"exclude_items": [*best[:30:2], "nobody"]}, lambda item, _: item not in best[:30:2]),
         (prompt, ranked, {"allow_items": some}, lambda item, _: item in some),
         (prompt, ranked, {"allow_items": some, "exclude_items": some[:3]}, lambda item, _: item in some[3:]),
         (prompt, ranked, {"min_score": threshold - 1e-5}, lambda _, score: score >= threshold),
+        (prompt, ranked, {"segments": ["odd"]}, lambda item, _: item in odd),
+        (
+            prompt,
+            ranked,
+            {"segments": ["odd"], "exclude_segments": ["in stock"]},
+            lambda item, _: item in odd & sold_out,
+        ),
+        (prompt, ranked, stock | {"exclude_items": best[:30:2]}, lambda item, _: item not in {*best[:30:2], *sold_out}),
+        (prompt, ranked, stock | {"allow_items": some}, lambda item, _: item in set(some) - sold_out),
         (seen, of_output(full), {"exclude_history": True}, lambda item, _: item not in (best[0], best[3])),
     ]
     for asked, ranking, rules, keep in cases:

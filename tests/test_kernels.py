@@ -65,9 +65,9 @@ class Case:
         """Through the kernels; ``left_out`` rows at the end belong to no request."""
         plan, bucket, count = Plan(self.head, self.keys_M), width_bucket(max(self.widths)), len(self.widths)
         rows = [self.widths, [int(flag) for flag in self.stepwise], [1] * (count - left_out) + [0] * left_out]
-        options_6N = torch.tensor([*rows, *[[0] * count] * 3], dtype=torch.int32, device=DEVICE)
+        options_7N = torch.tensor([*rows, *[[0] * count] * 3, [-1] * count], dtype=torch.int32, device=DEVICE)
         out = torch.full((count, 2 + bucket * (1 + self.head.num_levels)), 123456, dtype=torch.int32, device=DEVICE)
-        plan.search(Workspace(plan, count * bucket, count), self.hidden_NSH, options_6N, out, bucket)
+        plan.search(Workspace(plan, count * bucket, count), self.hidden_NSH, options_7N, out, bucket)
         assert not (out == 123456).any(), "every word of the answer is written"
         return beam.beams_of(out, self.head.num_levels, bucket)
 
@@ -234,13 +234,18 @@ def test_rules_of_each_request_hold_inside_the_beam(monkeypatch, tables):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     if not tables:
         monkeypatch.setattr(triton_search.Plan, "_table", lambda *_: None)
-    case = make((16, 24, 32), 900, [30, 30, 12, 30, 30, 5], [True, True, True, False, True, True])
+    case = make((16, 24, 32), 900, [30, 30, 12, 30, 30, 5, 30, 20, 30, 9], [True, True, True, False] + [True] * 6)
     count, rng = len(case.keys_M), np.random.default_rng(1)
 
     def listed(size: int) -> torch.Tensor:
         return torch.from_numpy(np.sort(rng.choice(count, size, replace=False))).to(DEVICE)
 
-    everything = torch.arange(count, device=DEVICE)
+    def ranks_of(positions: torch.Tensor) -> torch.Tensor:
+        counts = torch.zeros(count + 1, dtype=torch.int32, device=DEVICE)
+        counts[positions + 1] = 1
+        return counts.cumsum(0, dtype=torch.int32)
+
+    few, everything = listed(60), torch.arange(count, device=DEVICE)
     best = case.reference().index_NK[1].sort().values
     case.rules = [
         None,
@@ -249,12 +254,17 @@ def test_rules_of_each_request_hold_inside_the_beam(monkeypatch, tables):
         Eligible(listed(500), only=False),
         Eligible(everything[:0], only=True),
         Eligible(everything[:-2], only=False),
+        Eligible(everything[:0], only=False, ranks=ranks_of(few)),
+        Eligible(few[::3], only=False, ranks=ranks_of(few)),
+        Eligible(best[best >= 0], only=False, ranks=ranks_of(everything)),
+        Eligible(everything[:0], only=False, ranks=ranks_of(everything[:0])),
     ]
     search = beam.BeamSearch(case.head, case.keys_M)
     assert search.plan is not None
     found, expected = search(case.hidden_NSH, case.widths, case.stepwise, case.rules), case.reference()
     assert_same(found, expected)
-    assert found.valid_N.tolist()[4:] == [0, 2]
+    assert found.valid_N.tolist()[4:6] == [0, 2]
+    assert found.valid_N.tolist()[6:] == [30, 20, 30, 0]
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from test_beam_search import Case, answer, cases
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.draft_head import Eligible, reference_beam_search
 from nezha_vllm.eligibility import eligibility
+from nezha_vllm.segment_ranks import SegmentRanks
 
 SIZES = [4, 5]
 NAMES = [f"i{number}" for number in range(12)]
@@ -23,7 +24,7 @@ NAMES = [f"i{number}" for number in range(12)]
 def catalogue() -> Catalogue:
     """Twelve items on eight semantic IDs: three share the first, two each of two others."""
     codes = [[0, 0]] * 3 + [[0, 3]] * 2 + [[1, 1]] * 2 + [[1, 2], [2, 0], [2, 4], [3, 3], [3, 4]]
-    return Catalogue.build(NAMES, np.array(codes), SIZES)
+    return Catalogue.build(NAMES, np.array(codes), SIZES, segments={"sold": [n in (0, 5, 6) for n in range(12)]})
 
 
 @given(cases(max_keys=300), st.data())
@@ -73,6 +74,42 @@ def test_allowed_items_without_excluded_ones(catalogue: Catalogue) -> None:
     assert eligibility(catalogue, None, np.empty(0, np.int64)) is None
 
 
+@given(st.data())
+def test_segments_and_lists_leave_what_brute_force_leaves(data: st.DataObject) -> None:
+    """Rows, and for every range of semantic IDs whether one of its items is left."""
+    count = data.draw(st.integers(1, 40), "items")
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
+    codes = np.stack([rng.integers(0, 2, count), rng.integers(0, SIZES[1], count)], axis=1)
+    share = data.draw(st.sampled_from([0.0, 0.2, 0.9, 1.0]))
+    in_segments = {name: rng.random(count) < share for name in "abc"}
+    built = Catalogue.build([f"i{n:02}" for n in range(count)], codes, SIZES, segments=in_segments)
+    rows = st.lists(st.integers(0, count - 1), max_size=count)
+    excluded, allowed = data.draw(rows, "excluded"), data.draw(st.none() | rows, "allowed")
+    all_of, none_of = (data.draw(st.lists(st.sampled_from("abc"), max_size=2), "names") for _ in range(2))
+
+    left = np.ones(count, bool) if allowed is None else np.isin(np.arange(count), allowed)
+    left &= ~np.isin(np.arange(count), excluded)
+    for name in "abc":
+        column = built.items[f"segment:{name}"].to_numpy()
+        left &= (column | (name not in all_of)) & (~column | (name not in none_of))
+
+    combination = built.segments.combination(all_of, none_of) if all_of or none_of else None
+    lists = None if allowed is None else np.array(allowed, np.int64), np.array(excluded, np.int64)
+    rule = eligibility(built, *lists, combination)
+    if rule is None:
+        assert left.all()
+        return
+    assert rule.keeps(np.arange(count)).tolist() == left.tolist()
+    ranks = None
+    if rule.combination is not None:
+        arrays = SegmentRanks(built.segments.bits, built.first_row, "cpu")
+        ranks = arrays.array((rule.combination.all_of, rule.combination.none_of))
+    low, high = torch.triu_indices(built.num_ids + 1, built.num_ids + 1)
+    found = Eligible(torch.from_numpy(rule.positions.astype(np.int64)), rule.only, ranks).any_in(low, high)
+    ranges = zip(built.first_row[low], built.first_row[high], strict=True)
+    assert found.tolist() == [bool(left[first:behind].any()) for first, behind in ranges]
+
+
 @pytest.fixture
 def service(catalogue: Catalogue) -> SimpleNamespace:
     return SimpleNamespace(catalogue=catalogue, num_levels=2, code_token_offsets=(10, 20))
@@ -99,6 +136,9 @@ def test_a_history_is_its_named_items_and_whole_ids_elsewhere(service: SimpleNam
         ({"exclude_items": ["i1"] * 65_537}, "exclude_items"),
         ({"allow_items": ["i1", "nobody"]}, "allow_items"),
         ({"exclude_history": "yes"}, "exclude_history"),
+        ({"segments": "sold"}, "segments"),
+        ({"segments": ["sold", "nowhere"]}, "segments"),
+        ({"exclude_segments": ["nowhere"]}, "exclude_segments"),
         ({"min_score": "low"}, "min_score"),
         ({"min_score": float("nan")}, "min_score"),
         ({"min_score": True}, "min_score"),
@@ -120,3 +160,14 @@ def test_unknown_items_to_exclude_are_counted(service: SimpleNamespace) -> None:
     rules = read_rules(service, {"exclude_items": ["nobody", "i1", 5]}, [])
     assert rules.unknown == 2
     assert len(rules.eligible.rows) == 1
+
+
+def test_segments_are_read_by_name_and_an_unknown_one_is_told_those_there_are(service: SimpleNamespace) -> None:
+    exceptions = pytest.importorskip("vllm.exceptions")
+    from nezha_vllm.frontend.rules import NO_RULES, read_rules
+
+    kept = read_rules(service, {"segments": ["sold"], "exclude_items": ["i0"]}, []).eligible.keeps(np.arange(12))
+    assert [service.catalogue.item_id(row) for row in np.flatnonzero(kept)] == ["i5", "i6"]
+    assert read_rules(service, {"segments": [], "exclude_segments": []}, []) == NO_RULES
+    with pytest.raises(exceptions.VLLMValidationError, match=r"'nowhere' is not a segment .* which has sold"):
+        read_rules(service, {"segments": ["nowhere"]}, [])

@@ -39,7 +39,7 @@ def source(folder: Path, count: int) -> Path:
 
 
 def loads_whole(store: Path) -> str:
-    catalogue, (_, version, keys) = Catalogue.load(store), load_keys(store)
+    catalogue, (_, version, keys, *_) = Catalogue.load(store), load_keys(store)
     assert catalogue.version == version == f"v{catalogue.num_items}"
     assert f"item-0-of-{catalogue.num_items}" in catalogue.ids.to_pylist()
     np.testing.assert_array_equal(keys, catalogue.keys)

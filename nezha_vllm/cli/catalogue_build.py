@@ -25,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="order of items that share a semantic ID, largest first (weight, if there is one)",
     )
     parser.add_argument("--metadata", metavar="COLUMNS", help="columns to keep: title,year; '' for none (all others)")
+    parser.add_argument(
+        "--segments",
+        default="",
+        metavar="COLUMNS",
+        help="sets of items that requests may ask for: in_stock,markets are columns of true and false, each a segment, "
+        "or of lists of segments' names",
+    )
     parser.add_argument("--version", metavar="NAME", help="name of this state (12 digits of a hash of the content)")
 
 
@@ -49,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         codes=arguments.codes.split(","),
         weight=arguments.weight,
         metadata=None if arguments.metadata is None else [name for name in arguments.metadata.split(",") if name],
+        segments=[name for name in arguments.segments.split(",") if name],
         version=arguments.version,
     )
     catalogue.save(arguments.out)

@@ -23,7 +23,7 @@ logger = logging.getLogger("vllm.nezha")
 
 RING = 4  # steps whose buffers may be in use: two in flight, and room to spare
 MAX_POSITIONS = 1 << 20  # semantic IDs in the rules of one step, 4 MB
-OPTIONS = 6  # numbers a request: see `Plan.search`
+OPTIONS = 7  # numbers a request: see `Plan.search`
 WIDTHS = (16, 64, 256, 512, 1024, 2048, 4096)  # each costs compilation once, and at start-up a graph a batch size
 
 
@@ -39,12 +39,16 @@ class Launch:
 
 @dataclass(frozen=True)
 class Options:
-    """What a request asks of its search; ``positions`` int32 belong to its ``rule``."""
+    """What a request asks of its search; ``positions`` int32 belong to its ``rule``.
+
+    ``ranks_at`` is where the ranks of its combination of segments begin, -1 without one.
+    """
 
     width: int
     stepwise: bool
     rule: int = ALL
     positions: np.ndarray | None = None
+    ranks_at: int = -1
 
 
 @dataclass
@@ -59,11 +63,13 @@ class DraftGraphs:
     Args:
         max_requests: most requests of a step.
         max_width: widest beam a request may ask for, at most 4,096.
+        ranks: of `SegmentRanks`; None if the catalogue has no segments.
     """
 
     room_for_positions = MAX_POSITIONS  # of the rules of a step, together
 
-    def __init__(self, plan: Plan, max_requests: int, max_width: int) -> None:
+    def __init__(self, plan: Plan, max_requests: int, max_width: int, ranks: Tensor | None = None) -> None:
+        self.ranks = ranks
         self.plan, self.num_levels = plan, plan.codec.num_levels
         self.widths = [width for width in WIDTHS if width < max_width]
         self.widths.append(next(width for width in WIDTHS if width >= max_width))
@@ -75,7 +81,7 @@ class DraftGraphs:
         most = max(size for size, _ in shapes)
         self.workspace = Workspace(plan, max(size * width for size, width in shapes), most, self.widths)
         self.hidden_NSH = torch.zeros(most, self.num_states, hidden_size, dtype=plan.weights.dtype, device=device)
-        self.options_6N = torch.zeros(OPTIONS, most, dtype=torch.int32, device=device)
+        self.options_7N = torch.zeros(OPTIONS, most, dtype=torch.int32, device=device)
         self.positions = torch.zeros(MAX_POSITIONS, dtype=torch.int32, device=device)
         self.out = torch.zeros(max(size * self._row(width) for size, width in shapes), dtype=torch.int32, device=device)
         # a step's requests, each launch rounded up to its size: fewer than twice as many, and one launch a width more
@@ -105,14 +111,14 @@ class DraftGraphs:
 
     def _capture(self, size: int, width: int) -> _Graph:
         out = self.out[: size * self._row(width)].view(size, self._row(width))
-        options_6N = self.options_6N.view(-1)[: OPTIONS * size].view(OPTIONS, size)
+        options_7N = self.options_7N.view(-1)[: OPTIONS * size].view(OPTIONS, size)
 
         def search() -> None:
-            self.plan.search(self.workspace, self.hidden_NSH[:size], options_6N, out, width, self.positions)
+            self.plan.search(self.workspace, self.hidden_NSH[:size], options_7N, out, width, self.positions, self.ranks)
 
         # with real numbers, which the kernels' loops depend on: all beams of random states
         self.hidden_NSH.normal_()
-        options_6N.zero_()[:3].fill_(1)[0].fill_(width)
+        options_7N.zero_()[:3].fill_(1)[0].fill_(width)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             search()  # compiles
@@ -158,7 +164,7 @@ class DraftGraphs:
                 if asked.positions is not None:
                     used += len(asked.positions)
                     positions[begin:used] = asked.positions
-                options[:, place] = (asked.width, asked.stepwise, 1, asked.rule, begin, used)
+                options[:, place] = (asked.width, asked.stepwise, 1, asked.rule, begin, used, asked.ranks_at)
                 states[place] = np.arange(last + 1 - self.num_states, last + 1)
         self.staging[:end].copy_(host[:end], non_blocking=True)
         if used:
@@ -167,7 +173,7 @@ class DraftGraphs:
     def run(self, launch: Launch, states: Tensor) -> Tensor:
         """Beams of a staged launch, int32 [requests, 2 + K · (1 + L)], until the next launch overwrites them."""
         staged = self.staging[launch.start : launch.start + launch.size * (self.num_states + OPTIONS)]
-        self.options_6N.view(-1)[: OPTIONS * launch.size].copy_(staged[: OPTIONS * launch.size])
+        self.options_7N.view(-1)[: OPTIONS * launch.size].copy_(staged[: OPTIONS * launch.size])
         hidden = self.hidden_NSH[: launch.size].view(-1, self.hidden_NSH.shape[2])
         torch.index_select(states, 0, staged[OPTIONS * launch.size :], out=hidden)
         captured = self.graphs[launch.size, launch.width]

@@ -16,6 +16,7 @@ from nezha_vllm.beam import BeamSearch, answer_of
 from nezha_vllm.catalogue import load_keys
 from nezha_vllm.draft_head import Beams, DraftHead, Eligible
 from nezha_vllm.engine.settings import ServerSettings
+from nezha_vllm.segment_ranks import Places, SegmentRanks
 
 if TYPE_CHECKING:
     from nezha_vllm.engine.draft_graphs import DraftGraphs, Options
@@ -32,20 +33,27 @@ class Search:
     stepwise: bool
     only: bool = False  # of the rule, if there are positions: see `Eligible`; int32, as bytes
     positions: bytes | None = None
+    all_of: Sequence[int] = ()  # places of the segments that its items are in
+    none_of: Sequence[int] = ()  # and of those that they are not in
 
     @property
     def listed(self) -> np.ndarray:
         """Positions of its rule, int32."""
         return np.frombuffer(self.positions or b"", np.int32)
 
-    def options(self) -> Options:
-        """The same for a launch on a GPU."""
+    @property
+    def combination(self) -> Places | None:
+        """Of segments; None for all items."""
+        return (tuple(self.all_of), tuple(self.none_of)) if self.all_of or self.none_of else None
+
+    def options(self, ranks_at: int) -> Options:
+        """The same for a launch on a GPU; ``ranks_at`` is where the ranks of its combination are, -1 without one."""
         from nezha_vllm.engine.draft_graphs import Options
         from nezha_vllm.triton_search import ALL, ALL_BUT, ONLY
 
-        if self.positions is None:
+        if self.positions is None and ranks_at < 0:
             return Options(self.beam_width, self.stepwise, ALL)
-        return Options(self.beam_width, self.stepwise, ONLY if self.only else ALL_BUT, self.listed)
+        return Options(self.beam_width, self.stepwise, ONLY if self.only else ALL_BUT, self.listed, ranks_at)
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None) -> Search | None:
@@ -59,17 +67,22 @@ class DraftStage:
 
     def __init__(self, head: DraftHead, vllm_config: VllmConfig) -> None:
         settings = ServerSettings.from_vllm(vllm_config)
-        codec, version, keys = load_keys(settings.catalogue)
+        codec, version, keys, segments, first_row = load_keys(settings.catalogue)
         settings.check_version(version)
         assert codec.codebook_sizes == head.codebook_sizes, "the config hook compares them at start-up"
         self.num_states = head.num_levels + 1
-        self.beam_search = BeamSearch(head, torch.from_numpy(keys).to(head.logit_heads[0].weight.device))
+        device = head.logit_heads[0].weight.device
+        self.beam_search = BeamSearch(head, torch.from_numpy(keys).to(device))
+        self.segments: SegmentRanks | None = None
+        if segments is not None and first_row is not None:
+            self.segments = SegmentRanks(segments.bits, first_row, device)
         self.graphs: DraftGraphs | None = None
         if self.beam_search.plan is not None and head.logit_heads[0].weight.is_cuda:
             from nezha_vllm.engine.draft_graphs import DraftGraphs
 
             most = vllm_config.scheduler_config.max_num_seqs
-            self.graphs = DraftGraphs(self.beam_search.plan, most, settings.max_beam_width)
+            ranks = None if self.segments is None else self.segments.ranks
+            self.graphs = DraftGraphs(self.beam_search.plan, most, settings.max_beam_width, ranks)
 
     def widen(self, last_N: Tensor) -> Tensor:
         """Rows of the L + 1 states of each request from the row of its last token, [N] → [N · (L + 1)]."""
@@ -83,6 +96,7 @@ class DraftStage:
             states: [N · (L + 1), H], or [N, H] in vLLM's own dummy runs.
             searches: one a request; None where this step finishes no prompt.
         """
+        self._new_step()
         num_requests = len(searches)
         rows = [row for row, search in enumerate(searches) if search is not None]
         if not rows:
@@ -110,6 +124,7 @@ class DraftStage:
             last_rows: row of each request's last token.
         """
         assert self.graphs is not None, "only a GPU runs ahead of the host"
+        self._new_step()
         parts, start = [], 0
         for rows, beams in self._launches(states, last_rows, searches):
             parts.append((rows, self.graphs.to_host(beams, start)))
@@ -127,13 +142,13 @@ class DraftStage:
         for row, search in enumerate(searches):
             if search is None:
                 continue
-            room -= len(search.listed)
-            if room < 0:  # rules of a million IDs in one step: rather late than never
-                room += len(search.listed)
-                apart.append((row, search))
+            ranks_at = self._ranks_at(search)
+            if ranks_at is None or room < len(search.listed):
+                apart.append((row, search))  # a million IDs or a buffer of combinations in a step: late, not never
             else:
+                room -= len(search.listed)
                 there.append(row)
-                options.append(search.options())
+                options.append(search.options(ranks_at))
         launches = self.graphs.launches([asked.width for asked in options])
         self.graphs.stage(launches, [int(last_rows[row]) for row in there], options)
         for launch in launches:
@@ -147,11 +162,25 @@ class DraftStage:
         widths, stepwise = [search.beam_width for search in searches], [search.stepwise for search in searches]
         return self.beam_search(hidden_NSH, widths, stepwise, [self._rule(search) for search in searches], kernels)
 
+    def _new_step(self) -> None:
+        if self.segments is not None:
+            self.segments.new_step()
+
+    def _ranks_at(self, search: Search) -> int | None:
+        """Where the ranks of its combination are: -1 without one, None if the step's others fill the buffer."""
+        if search.combination is None:
+            return -1
+        assert self.segments is not None, "the API process has the same catalogue"
+        return self.segments.place(search.combination)
+
     def _rule(self, search: Search) -> Eligible | None:
-        if search.positions is None:
+        if search.positions is None and search.combination is None:
             return None
-        positions = torch.from_numpy(search.listed.astype(np.int64))
-        return Eligible(positions.to(self.beam_search.keys_M.device), search.only)
+        positions = torch.from_numpy(search.listed.astype(np.int64)).to(self.beam_search.keys_M.device)
+        if search.combination is None:
+            return Eligible(positions, search.only)
+        assert self.segments is not None, "the API process has the same catalogue"
+        return Eligible(positions, search.only, self.segments.array(search.combination))
 
     def _width(self, searches: Sequence[Search | None]) -> int:
         return max((search.num_ids for search in searches if search is not None), default=0)

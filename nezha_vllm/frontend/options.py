@@ -36,11 +36,19 @@ class Plan:
 
     def search(self) -> dict[str, Any]:
         """What the engine needs of it (``engine.draft_stage.Search``). n items lie on n semantic IDs at most."""
-        search = {"num_ids": self.n, "beam_width": self.beam_width, "stepwise": self.validity == "stepwise"}
+        search: dict[str, Any] = {
+            "num_ids": self.n,
+            "beam_width": self.beam_width,
+            "stepwise": self.validity == "stepwise",
+        }
         eligible = self.rules.eligible
-        if eligible is None or not (eligible.only or len(eligible.positions)):
+        if eligible is None:
             return search
-        return {**search, "only": eligible.only, "positions": eligible.positions.tobytes()}
+        if eligible.only or len(eligible.positions):
+            search |= {"only": eligible.only, "positions": eligible.positions.tobytes()}
+        if eligible.combination is not None:
+            search |= {"all_of": eligible.combination.all_of, "none_of": eligible.combination.none_of}
+        return search
 
 
 def engine_params(plan: Plan, output_kind: RequestOutputKind) -> SamplingParams:

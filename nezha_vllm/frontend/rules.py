@@ -14,8 +14,9 @@ from nezha_vllm.eligibility import Eligibility, eligibility, positions_of, rows_
 from nezha_vllm.frontend.errors import bad_request
 from nezha_vllm.frontend.prompts import ITEM
 from nezha_vllm.frontend.service import Service
+from nezha_vllm.segments import MAX_NAME, Combination
 
-RULES = ("exclude_items", "allow_items", "exclude_history", "min_score", "max_per_id")
+RULES = ("exclude_items", "allow_items", "exclude_history", "segments", "exclude_segments", "min_score", "max_per_id")
 MAX_ITEMS = 65_536
 
 
@@ -47,11 +48,11 @@ def read_rules(service: Service, options: Mapping[str, Any], history: Sequence[i
     if not any(name in options for name in RULES):
         return NO_RULES
     catalogue = service.catalogue
-    excluded, unknown = _known(catalogue, _item_list(options, "exclude_items"))
+    excluded, unknown = _known(catalogue, _names(options, "exclude_items", "item IDs"))
     allowed = None
     if "allow_items" in options:
         try:
-            allowed = np.array(catalogue.rows(_item_list(options, "allow_items")), np.int64)
+            allowed = np.array(catalogue.rows(_names(options, "allow_items", "item IDs")), np.int64)
         except UnknownItemError as error:
             raise bad_request("allow_items", f"{error}; leave it out or publish a catalogue that holds it") from None
     exclude_history = options.get("exclude_history", False)
@@ -65,7 +66,8 @@ def read_rules(service: Service, options: Mapping[str, Any], history: Sequence[i
     max_per_id = options.get("max_per_id")
     if max_per_id is not None and (type(max_per_id) is not int or max_per_id < 1):
         raise bad_request("max_per_id", f"max_per_id must be a whole number of at least 1, got {max_per_id!r}")
-    return Rules(eligibility(catalogue, allowed, excluded), min_score, unknown, max_per_id)
+    eligible = eligibility(catalogue, allowed, excluded, _combination(catalogue, options))
+    return Rules(eligible, min_score, unknown, max_per_id)
 
 
 def seen_rows(service: Service, history: Sequence[int]) -> np.ndarray:
@@ -84,13 +86,28 @@ def seen_rows(service: Service, history: Sequence[int]) -> np.ndarray:
     return np.concatenate([named, rows_of_positions(catalogue, others)])
 
 
-def _item_list(options: Mapping[str, Any], name: str) -> list[str]:
-    items = options.get(name, [])
-    if not isinstance(items, (list, tuple)) or not all(type(item) in (str, int) for item in items):
-        raise bad_request(name, f"{name} must be a list of item IDs")
-    if len(items) > MAX_ITEMS:
-        raise bad_request(name, f"{name} has {len(items)} items; send at most {MAX_ITEMS}")
-    return [str(item) for item in items]
+def _combination(catalogue: Catalogue, options: Mapping[str, Any]) -> Combination | None:
+    """The segments asked for; None if they leave out nothing. Raises a 400 that lists those there are."""
+    asked = {name: _names(options, name, "segment names") for name in ("segments", "exclude_segments")}
+    if not any(asked.values()):
+        return None
+    known = catalogue.segments
+    for option, names in asked.items():
+        unknown = next((name for name in names if name not in known.names), None)
+        if unknown is not None:
+            there = f"has {', '.join(known.names)}" if known.names else "has none"
+            message = f"{unknown[:MAX_NAME]!r} is not a segment of catalogue version {catalogue.version}, which {there}"
+            raise bad_request(option, message)
+    return known.combination(*asked.values())
+
+
+def _names(options: Mapping[str, Any], name: str, what: str) -> list[str]:
+    names = options.get(name, [])
+    if not isinstance(names, (list, tuple)) or not all(type(item) in (str, int) for item in names):
+        raise bad_request(name, f"{name} must be a list of {what}")
+    if len(names) > MAX_ITEMS:
+        raise bad_request(name, f"{name} has {len(names)} {what}; send at most {MAX_ITEMS}")
+    return [str(item) for item in names]
 
 
 def _known(catalogue: Catalogue, items: Sequence[str]) -> tuple[np.ndarray, int]:
