@@ -62,7 +62,7 @@ class SearchCase:
         self.hidden_NSH = torch.randn(shape, device=device).to(plan.weights.dtype)
         self.work = Workspace(plan, self.step * self.bucket, self.step, [self.bucket])
         self.out = torch.zeros(requests, 2 + self.bucket * (1 + levels), dtype=torch.int32, device=device)
-        options = torch.tensor([[width], [int(stepwise)], [1], [0], [0], [0]], dtype=torch.int32, device=device)
+        options = torch.tensor([[width], [int(stepwise)], [1], [0], [0], [0], [-1]], dtype=torch.int32, device=device)
         self.options = [options.repeat(1, len(part)) for part in self.hidden_NSH.split(self.step)]
 
     def one_launch(self) -> None:

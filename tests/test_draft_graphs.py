@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nezha_vllm import payload
-from nezha_vllm.draft_head import DraftHead, reference_beam_search
+from nezha_vllm.draft_head import DraftHead, Eligible, reference_beam_search
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 SIZES, HIDDEN, WIDEST = (64, 64, 64), 256, 300
@@ -34,12 +34,12 @@ def make_step(rng: np.random.Generator, count: int) -> Step:
     return widths, rows.tolist(), torch.randn(int(rows[-1]) + 1, HIDDEN, device="cuda") * 2
 
 
-def launch(graphs, step: Step):
+def launch(graphs, step: Step, options=None):
     from nezha_vllm.engine.draft_graphs import Options
 
     widths, rows, states = step
     launches = graphs.launches(widths)
-    graphs.stage(launches, rows, [Options(width, True) for width in widths])
+    graphs.stage(launches, rows, options or [Options(width, True) for width in widths])
     found, start = [], 0
     for one in launches:
         beams = graphs.run(one, states)
@@ -50,12 +50,12 @@ def launch(graphs, step: Step):
     return event, found
 
 
-def check(head, keys, step: Step, answers, n: int = 10) -> None:
+def check(head, keys, step: Step, answers, n: int = 10, eligible=None) -> None:
     widths, rows, states = step
     got = payload.gather([(part, beams.numpy()) for part, beams in answers], len(widths), n, len(SIZES))
     hidden = torch.stack([states[row - len(SIZES) : row + 1] for row in rows])
     modes = torch.ones(len(widths), dtype=torch.bool, device="cuda")
-    expected = reference_beam_search(head, hidden, keys, torch.tensor(widths, device="cuda"), modes)
+    expected = reference_beam_search(head, hidden, keys, torch.tensor(widths, device="cuda"), modes, eligible=eligible)
     for request, width in enumerate(widths):
         found = payload.unpack(got.token_ids[request], got.log_probs[request], got.ranks[request], len(SIZES))
         kept = min(n, width)
@@ -82,6 +82,38 @@ def test_steps_in_flight_keep_their_answers(parts):
     torch.cuda.synchronize()
     for step, (_, answers) in zip(steps, pending, strict=True):
         check(head, keys, step, answers)
+
+
+def test_combinations_of_segments_are_replaced_behind_the_steps_that_read_them(parts, monkeypatch):
+    """Two places for four combinations, three steps in flight, and an exclusion list on one request of each step."""
+    from nezha_vllm import segment_ranks
+    from nezha_vllm.engine.draft_graphs import DraftGraphs, Options
+    from nezha_vllm.triton_search import ALL_BUT, Plan
+
+    monkeypatch.setattr(segment_ranks, "MAX_COMBINATIONS", 2)
+    head, keys, _ = parts
+    rng = np.random.default_rng(0)
+    bits = [np.packbits(rng.random(len(keys)) < share, bitorder="little") for share in (0.5, 0.1, 0.9)]
+    segments = segment_ranks.SegmentRanks(bits, np.arange(len(keys) + 1), "cuda")
+    graphs = DraftGraphs(Plan(head, keys), 8, 64, segments.ranks)
+    combinations = [((0,), ()), ((1,), (0,)), ((), (2,)), ((0, 2), ())]
+    for first in range(0, 12, 3):
+        pending = []
+        for turn in range(first, first + 3):
+            segments.new_step()
+            options, eligible = [], []
+            for place in range(2):
+                combination = combinations[(turn + place) % 4]
+                ranks = segments.combine(combination, torch.empty_like(segments.ranks[: len(keys) + 1]))
+                listed = (ranks[1:] > ranks[:-1]).nonzero().flatten()[:: 2 + turn] if place else ranks[:0].long()
+                at = segments.place(combination)
+                options.append(Options(50, True, ALL_BUT, listed.cpu().numpy().astype(np.int32), at))
+                eligible.append(Eligible(listed, False, ranks))
+            step = [50, 50], [5, 11], torch.randn(12, HIDDEN, device="cuda") * 2
+            pending.append((step, eligible, launch(graphs, step, options)))
+        torch.cuda.synchronize()
+        for step, eligible, (_, answers) in pending:
+            check(head, keys, step, answers, eligible=eligible)
 
 
 def test_ten_thousand_requests_leave_no_memory_behind(parts):

@@ -88,12 +88,12 @@ def seen_rows(service: Service, history: Sequence[int]) -> np.ndarray:
 
 def _combination(catalogue: Catalogue, options: Mapping[str, Any]) -> Combination | None:
     """The segments asked for; None if they leave out nothing. Raises a 400 that lists those there are."""
-    asked = {name: _names(options, name, "segment names") for name in ("segments", "exclude_segments")}
+    asked = {name: set(_names(options, name, "segment names")) for name in ("segments", "exclude_segments")}
     if not any(asked.values()):
         return None
     known = catalogue.segments
     for option, names in asked.items():
-        unknown = next((name for name in names if name not in known.names), None)
+        unknown = min(names.difference(known.names), default=None)
         if unknown is not None:
             there = f"has {', '.join(known.names)}" if known.names else "has none"
             message = f"{unknown[:MAX_NAME]!r} is not a segment of catalogue version {catalogue.version}, which {there}"
