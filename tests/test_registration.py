@@ -93,3 +93,20 @@ def test_the_cpu_worker_is_not_imported_with_the_gpu_worker() -> None:
         "assert 'vllm.v1.worker.cpu_worker' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("budget", "longest_prompt", "expected"),
+    [(8192, 2048, (4096, False)), (2048, 2048, (2048, False)), (64, 2048, (64, True)), (8192, 8192, (8192, True))],
+)
+def test_steps_stay_inside_graphs_where_every_prompt_fits_one(
+    budget: int, longest_prompt: int, expected: tuple[int, bool]
+) -> None:
+    """Without chunks, a prompt longer than a step's budget would wait for ever."""
+    from types import SimpleNamespace
+
+    from nezha_vllm.engine.config_hook import keep_steps_in_graphs
+
+    scheduler = SimpleNamespace(max_num_batched_tokens=budget, enable_chunked_prefill=True)
+    keep_steps_in_graphs(scheduler, longest_prompt)
+    assert (scheduler.max_num_batched_tokens, scheduler.enable_chunked_prefill) == expected
