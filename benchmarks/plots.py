@@ -13,7 +13,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
 
 from benchmarks.choose import results
 from benchmarks.markdown import NAMES, by, systems_of
@@ -180,7 +180,7 @@ def logarithmic(axis: Any, x: Sequence[float] = ()) -> None:
     plain = FuncFormatter(lambda value, _: f"{value:,.10g}")
     axis.set(xscale="log", yscale="log")
     axis.yaxis.set_major_formatter(plain)
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))  # labels within less than a decade
     axis.xaxis.set_major_formatter(plain)
     if x:
         axis.set_xticks(x)
