@@ -36,15 +36,16 @@ class Markov(Baseline):
 
     def __init__(self, sequences: Sequence[Sequence[str]], item_ids: Sequence[str]) -> None:
         self.popularity = Popularity(sequences, item_ids)
+        self.place = {item: place for place, item in enumerate(self.popularity.order)}
         self.next_counts: dict[str, Counter[str]] = defaultdict(Counter)
         for items in sequences:
             for item, following in itertools.pairwise(items):
                 self.next_counts[item][following] += 1
 
     def recommend(self, history: Sequence[str]) -> list[str]:
-        followers = self.next_counts[history[-1]] if history[-1] in self.next_counts else Counter()
-        # sorting is stable: items with equal counts stay in order of popularity
-        return sorted(self.popularity.order, key=lambda item: -followers[item])
+        counts = self.next_counts.get(history[-1], Counter())
+        followers = sorted(counts.keys() & self.place.keys(), key=lambda item: (-counts[item], self.place[item]))
+        return followers + [item for item in self.popularity.order if item not in counts]
 
 
 class ItemKnn(Baseline):
