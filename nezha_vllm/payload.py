@@ -6,14 +6,15 @@ vLLM passes one array pair a request through its logprobs channel without lookin
 * ``token_ids`` int32 [N, 1 + C]: how many beams were finished before validity was checked, then positions in the
   catalogue's sorted keys, -1 where there is none;
 * ``log_probs`` float32 [N, C · L]: the beams' log-probabilities, one a level;
-* ``ranks`` int64 [N]: how many of the finished beams are items.
+* ``ranks`` int64 [N]: how many of the finished beams are items, in the lower half; in the upper half how many
+  microseconds the draft stage took, 0 if unknown.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +42,16 @@ class HostPayload(NamedTuple):
     token_ids: np.ndarray
     log_probs: np.ndarray
     ranks: np.ndarray
+
+
+AnyPayload = TypeVar("AnyPayload", Payload, HostPayload)
+
+_SECONDS_AT = 32  # bits below
+
+
+def with_seconds(payload: AnyPayload, seconds: float) -> AnyPayload:
+    """The payload of a step whose draft stage took so long."""
+    return payload._replace(ranks=payload.ranks + (round(seconds * 1e6) << _SECONDS_AT))
 
 
 def gather(
@@ -91,16 +102,22 @@ def empty(num_requests: int, device: torch.device) -> Payload:
 
 @dataclass(frozen=True)
 class RankedIds:
-    """One request's beams, best first: positions in the catalogue's keys [C'] and log-probabilities [C', L]."""
+    """One request's beams, best first: positions in the catalogue's keys [C'] and log-probabilities [C', L].
+
+    ``draft_seconds`` is what the draft stage took for all requests of its step, 0 if unknown.
+    """
 
     index: np.ndarray
     log_probs: np.ndarray
     num_drafted: int
     num_valid: int
+    draft_seconds: float = 0.0
 
 
 def unpack(token_ids: np.ndarray, log_probs: np.ndarray, rank: int, num_levels: int) -> RankedIds:
     """One row of a payload; beams that do not exist are left out."""
     index = token_ids[1:]
     exists = index >= 0
-    return RankedIds(index[exists], log_probs.reshape(-1, num_levels)[exists], int(token_ids[0]), int(rank))
+    microseconds, num_valid = divmod(int(rank), 1 << _SECONDS_AT)
+    log_probs_of = log_probs.reshape(-1, num_levels)[exists]
+    return RankedIds(index[exists], log_probs_of, int(token_ids[0]), num_valid, microseconds / 1e6)

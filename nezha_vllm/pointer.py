@@ -117,6 +117,13 @@ def resolve(folder: str | os.PathLike[str]) -> tuple[Path, Pointer | None]:
     return version_folder(folder, pointer.version), pointer
 
 
+def published_at(folder: str | os.PathLike[str], version: str) -> float:
+    """Unix time at which a version was published to a store, or a catalogue folder was saved."""
+    folder = Path(folder)
+    place = folder / VERSIONS / version if is_store(folder) else folder
+    return (place / MANIFEST).stat().st_mtime
+
+
 def read_steadily(folder: str | os.PathLike[str], read: Callable[[Path, dict[str, Any]], Result]) -> Result:
     """``read(catalogue folder, manifest)``, and again if another catalogue took its place meanwhile."""
     while True:

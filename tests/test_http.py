@@ -161,7 +161,10 @@ def test_a_client_that_disconnects_frees_its_requests(client: openai.OpenAI, mod
     def answered() -> float:
         return metric(server, "vllm:generation_tokens_total")
 
-    before, asked = answered(), 200
+    def left() -> float:
+        return metric(server, "nezha_requests_total", 'outcome="disconnected"')
+
+    before, asked, left_before = answered(), 200, left()
     body = {"model": model, "prompt": ["<item:item-1>" * 300] * asked, "n": 1, "vllm_xargs": {"beam_width": 512}}
     connection = http.client.HTTPConnection(server.removeprefix("http://"))
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -169,6 +172,7 @@ def test_a_client_that_disconnects_frees_its_requests(client: openai.OpenAI, mod
     connection.close()
     wait_until(lambda: open_requests() == 0)
     assert answered() - before < asked, "the engine worked on for a client that was gone"
+    wait_until(lambda: left() == left_before + 1)
     assert len(ask(client, model).choices) == 5
 
 

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 from answers import Ranking, assert_same_answer, of_completion, of_output
-from conftest import BLOCK_SIZE, start
+from conftest import BLOCK_SIZE, MOVIES, start
 from test_engine import N, ask, prompt_of
+from test_metrics import scrape
 from test_startup import configure
 
+from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.engine.config_hook import PARENTS_VERSION
 from nezha_vllm.engine.cpu_cores import BIND, core_lists, share_cores
 from nezha_vllm.server import Server, free_port
@@ -123,6 +125,10 @@ def check_two_engines(
         assert sorted(answered) == ["0", "1"]
         assert all(answered.values())
         assert sum(answered.values()) == len(prompts)
+        counted = scrape(server.url)  # of two API processes, each with numbers of its own
+        assert counted["nezha_requests_total|answered"] == counted["nezha_items_returned_count"] == len(prompts)
+        assert counted[f"nezha_catalogue_info|{Catalogue.load(checkpoint / 'catalogue').version}"] == 2
+        assert counted["nezha_catalogue_items"] == MOVIES
 
         os.kill(engine_processes(server.process.pid)[1], signal.SIGKILL)
         deadline = time.monotonic() + 60

@@ -16,6 +16,7 @@ from nezha_vllm.beam import BeamSearch, answer_of
 from nezha_vllm.catalogue import load_keys
 from nezha_vllm.draft_head import Beams, DraftHead, Eligible
 from nezha_vllm.engine.settings import ServerSettings
+from nezha_vllm.engine.stage_clock import StageClock, recorded_event, seconds_between, timed
 from nezha_vllm.segment_ranks import Places, SegmentRanks
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class DraftStage:
         assert codec.codebook_sizes == head.codebook_sizes, "the config hook compares them at start-up"
         self.num_states = head.num_levels + 1
         device = head.logit_heads[0].weight.device
+        self.clock = StageClock(on_gpu=device.type == "cuda")
         self.beam_search = BeamSearch(head, torch.from_numpy(keys).to(device))
         self.segments: SegmentRanks | None = None
         if segments is not None and first_row is not None:
@@ -89,6 +91,7 @@ class DraftStage:
         offsets = torch.arange(1 - self.num_states, 1, dtype=last_N.dtype, device=last_N.device)
         return (last_N[:, None] + offsets).clamp_min(0).flatten()
 
+    @timed
     def __call__(self, states: Tensor, searches: Sequence[Search | None]) -> payload.Payload:
         """Search the requests that have one; the others get an empty row.
 
@@ -125,13 +128,12 @@ class DraftStage:
         """
         assert self.graphs is not None, "only a GPU runs ahead of the host"
         self._new_step()
+        began = recorded_event()
         parts, start = [], 0
         for rows, beams in self._launches(states, last_rows, searches):
             parts.append((rows, self.graphs.to_host(beams, start)))
             start += beams.numel()
-        event = torch.cuda.Event()
-        event.record()
-        return Pending(event, parts, len(searches), self._width(searches), self.num_states - 1)
+        return Pending(began, recorded_event(), parts, len(searches), self._width(searches), self.num_states - 1)
 
     def _launches(
         self, states: Tensor, last_rows: Sequence[int], searches: Sequence[Search | None]
@@ -188,8 +190,9 @@ class DraftStage:
 
 @dataclass(frozen=True)
 class Pending:
-    """Beams of one step; ``event`` is behind their copy to the host."""
+    """Beams of one step; ``began`` is in front of their search, ``event`` behind their copy to the host."""
 
+    began: torch.cuda.Event
     event: torch.cuda.Event
     parts: list[tuple[list[int], Tensor]]
     num_requests: int
@@ -199,7 +202,8 @@ class Pending:
     def payload(self) -> payload.HostPayload:
         """To be called behind the event and before the fourth step after this one."""
         answers = [(rows, beams.numpy()) for rows, beams in self.parts]
-        return payload.gather(answers, self.num_requests, self.width, self.num_levels)
+        gathered = payload.gather(answers, self.num_requests, self.width, self.num_levels)
+        return payload.with_seconds(gathered, seconds_between(self.began, self.event))
 
 
 def _scatter(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:

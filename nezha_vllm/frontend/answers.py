@@ -11,6 +11,7 @@ from vllm.outputs import CompletionOutput
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.output_processor import RequestState
 
+from nezha_vllm.frontend import metrics
 from nezha_vllm.frontend.options import Plan
 from nezha_vllm.payload import RankedIds, unpack
 from nezha_vllm.semantic_id import code_token
@@ -41,13 +42,17 @@ class Summary:
 
 @dataclass(frozen=True)
 class Answer:
-    """The n best items, best first, column by column: what every kind of response is made from."""
+    """The n best items, best first, column by column: what every kind of response is made from.
+
+    ``shortage`` is why there are fewer, one of ``metrics.SHORTAGES``, else None.
+    """
 
     item_ids: list[str]
     codes: list[list[int]]
     log_probs: list[list[float]]
     scores: list[float]
     summary: Summary
+    shortage: str | None
 
 
 def rank(plan: Plan, ids: RankedIds) -> Answer:
@@ -64,7 +69,11 @@ def rank(plan: Plan, ids: RankedIds) -> Answer:
     log_probs = log_probs_of[beams].tolist()
     scores = [sum(of_levels) for of_levels in log_probs]
     codes = catalogue.codes[rows].tolist()
-    return Answer(catalogue.item_ids(rows.tolist()), codes, log_probs, scores, _summary(plan, ids, len(rows)))
+    shortage = None if len(rows) == plan.n else _shortage(plan, ids, len(index))
+    reason = None if shortage is None else _reason(plan, ids, len(index), shortage)
+    version, unknown = catalogue.version, rules.unknown
+    summary = Summary(plan.n, len(rows), plan.beam_width, ids.num_valid, ids.num_drafted, version, reason, unknown)
+    return Answer(catalogue.item_ids(rows.tolist()), codes, log_probs, scores, summary, shortage)
 
 
 def items_of(answer: Answer, plan: Plan) -> list[RecommendedItem]:
@@ -94,15 +103,25 @@ def _logprobs(token_ids: list[int], codes: list[int], log_probs: list[float]) ->
     return [{token: Logprob(value, decoded_token=code_token(level, code))} for level, (token, code, value) in levels]
 
 
-def _summary(plan: Plan, ids: RankedIds, returned: int) -> Summary:
-    reason = None
-    if returned < plan.n:
-        remedy = "send validity=stepwise or a larger beam_width" if plan.validity == "final" else "there are no more"
-        ruled = plan.rules.eligible is not None or plan.rules.min_score is not None
-        kind = "eligible catalogue items" if ruled else "catalogue items"
-        reason = f"{ids.num_valid} of {ids.num_drafted} finished beams are {kind}; {remedy}"
-    version, unknown = plan.service.catalogue.version, plan.rules.unknown
-    return Summary(plan.n, returned, plan.beam_width, ids.num_valid, ids.num_drafted, version, reason, unknown)
+def _shortage(plan: Plan, ids: RankedIds, high_enough: int) -> str:
+    """Why an answer has fewer items than asked for."""
+    rules = plan.rules
+    if high_enough < len(ids.index):
+        return "min_score"
+    if plan.validity == "final" and ids.num_valid < ids.num_drafted:
+        return "beams"
+    return "rules" if rules.eligible is not None or rules.max_per_id is not None else "catalogue"
+
+
+def _reason(plan: Plan, ids: RankedIds, high_enough: int, shortage: str) -> str:
+    kind = "catalogue items" if plan.rules.eligible is None else "eligible catalogue items"
+    more = {
+        "min_score": f"{high_enough} of the best {len(ids.index)} reach min_score, lower it",
+        "beams": "send validity=stepwise or a larger beam_width",
+        "rules": "the rules allow no more",
+        "catalogue": "there are no more",
+    }
+    return f"{ids.num_valid} of {ids.num_drafted} finished beams are {kind}; {more[shortage]}"
 
 
 class _PayloadSink:
@@ -136,6 +155,8 @@ class NezhaRequestState(RequestState):
         token_ids, log_probs, ranks, *_ = sink.payload
         ranked = unpack(token_ids[0], log_probs[0], ranks[0], self.plan.service.num_levels)
         answer = rank(self.plan, ranked)
+        if (counted := metrics.active()) is not None:
+            counted.record(self.plan, ranked, answer)
         # vLLM reads outputs[0] while building, and there may be no item: hand it one and put the items in afterwards
         output = self._new_request_output(self.external_req_id, [_NO_ITEM], True)
         output.outputs = items_of(answer, self.plan) if self.plan.as_choices else []

@@ -79,6 +79,7 @@ def _wrappers() -> list[tuple[type, str, tuple[str, ...], Callable[[Callable[...
     return [
         (InputProcessor, "process_inputs", ("request_id", "prompt", "params"), _process_inputs),
         (RequestState, "from_new_request", ("tokenizer", "request"), _from_new_request),
+        (OpenAIServingCompletion, "__init__", ("engine_client", "models"), _make_metrics),
         (OpenAIServingCompletion, "create_completion", ("request", "raw_request"), _create_completion),
         (OpenAIServingCompletion, "request_output_to_completion_response", build_response, _build_response),
         (OpenAIServingCompletion, "completion_stream_generator", stream, _stream),
@@ -141,6 +142,19 @@ def _from_new_request(original: Callable[..., Any]) -> Callable[..., Any]:
         return state if plan is None else adopt(state, plan)
 
     return from_new_request
+
+
+def _make_metrics(original: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM makes the handler once an API process, when everything else is there."""
+    from nezha_vllm.frontend import metrics
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        service = service_of(self.model_config)
+        if service is not None and getattr(self.engine_client, "log_stats", False):
+            metrics.serve(service)
+
+    return init
 
 
 def _create_completion(original: Callable[..., Any]) -> Callable[..., Any]:

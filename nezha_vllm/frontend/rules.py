@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from nezha_vllm.frontend.service import Service
 from nezha_vllm.segments import MAX_NAME, Combination
 
 RULES = ("exclude_items", "allow_items", "exclude_history", "segments", "exclude_segments", "min_score", "max_per_id")
+LISTS = ("exclude_items", "allow_items", "segments", "exclude_segments")
 MAX_ITEMS = 65_536
 
 
@@ -31,13 +32,14 @@ class Rules:
     """The rules of a request, checked.
 
     ``unknown`` counts the IDs in ``exclude_items`` that the catalogue lacks; ``max_per_id`` is the most items that come
-    of one semantic ID.
+    of one semantic ID; ``sizes`` has the entries of each list, with ``exclude_history`` the items it leaves out.
     """
 
     eligible: Eligibility | None = None
     min_score: float | None = None
     unknown: int = 0
     max_per_id: int | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 NO_RULES = Rules()
@@ -58,8 +60,8 @@ def read_rules(service: Service, options: Mapping[str, Any], history: Sequence[i
     exclude_history = options.get("exclude_history", False)
     if exclude_history not in (True, False):
         raise bad_request("exclude_history", f"exclude_history must be true or false, got {exclude_history!r}")
-    if exclude_history:
-        excluded = np.concatenate([excluded, seen_rows(service, history)])
+    seen = seen_rows(service, history) if exclude_history else excluded[:0]
+    excluded = np.concatenate([excluded, seen])
     min_score = options.get("min_score")
     if min_score is not None and (type(min_score) not in (int, float) or not np.isfinite(min_score)):
         raise bad_request("min_score", f"min_score must be a number, got {min_score!r}")
@@ -67,7 +69,10 @@ def read_rules(service: Service, options: Mapping[str, Any], history: Sequence[i
     if max_per_id is not None and (type(max_per_id) is not int or max_per_id < 1):
         raise bad_request("max_per_id", f"max_per_id must be a whole number of at least 1, got {max_per_id!r}")
     eligible = eligibility(catalogue, allowed, excluded, _combination(catalogue, options))
-    return Rules(eligible, min_score, unknown, max_per_id)
+    sizes = {name: len(options[name]) for name in LISTS if name in options}
+    if exclude_history:
+        sizes["exclude_history"] = len(seen)
+    return Rules(eligible, min_score, unknown, max_per_id, sizes)
 
 
 def seen_rows(service: Service, history: Sequence[int]) -> np.ndarray:

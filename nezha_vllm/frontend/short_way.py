@@ -22,8 +22,10 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils import random_uuid
 
+from nezha_vllm.frontend import metrics
 from nezha_vllm.frontend.disconnect import unless_disconnected
 from nezha_vllm.frontend.options import Plan, check_search, engine_params
+from nezha_vllm.frontend.outcome import Outcome
 from nezha_vllm.frontend.renderer import NezhaRenderer
 from nezha_vllm.frontend.response_body import ResponseBody
 from nezha_vllm.frontend.rules import read_rules
@@ -116,12 +118,22 @@ class ShortWay:
 
 
 class CompletionsRoute(APIRoute):
-    """FastAPI's route with the short way in front."""
+    """FastAPI's route with the short way in front, and outcomes counted behind."""
+
+    async def handle(self, scope: Any, receive: Any, send: Any) -> None:
+        counted = metrics.active()
+        if counted is None or scope["method"] not in self.methods:
+            return await super().handle(scope, receive, send)
+        outcome = Outcome(send)
+        try:
+            await super().handle(scope, receive, outcome)
+        finally:
+            counted.count(outcome.name)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         long_way = super().get_route_handler()
 
-        async def handle(request: Request) -> Response:
+        async def answer(request: Request) -> Response:
             way = _short_way(request)
             headers = dict(request.scope["headers"])
             media_type = headers.get(b"content-type", b"").split(b";", 1)[0].lower()
@@ -133,7 +145,7 @@ class CompletionsRoute(APIRoute):
             response = await unless_disconnected(request, way.answer(request, *read))
             return JSONResponse(None) if response is None else response  # nobody reads it
 
-        return handle
+        return answer
 
 
 def _short_way(request: Request) -> ShortWay | None:
