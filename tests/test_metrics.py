@@ -21,9 +21,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nezha_vllm import payload
 from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.eligibility import Eligibility
 from nezha_vllm.engine.stage_clock import StageClock
 from nezha_vllm.frontend import metrics
+from nezha_vllm.frontend.answers import rank
+from nezha_vllm.frontend.options import Plan
 from nezha_vllm.frontend.outcome import Outcome
+from nezha_vllm.frontend.rules import Rules
 from nezha_vllm.payload import RankedIds
 
 HISTORY = "<item:item-3><item:item-70>"
@@ -109,6 +113,30 @@ def answered(registry: CollectorRegistry, **of_rules: Any) -> None:
     ids = RankedIds(np.arange(3), np.zeros((3, 3)), num_drafted=64, num_valid=16, draft_seconds=0.003)
     answer: Any = SimpleNamespace(item_ids=["a", "b"], shortage="rules")
     metrics.Metrics(registry).record(plan, ids, answer)
+
+
+@pytest.mark.parametrize(
+    ("shortage", "rules", "validity", "scores"),
+    [
+        (None, {}, "stepwise", [-1, -2, -3, -4]),
+        ("catalogue", {}, "stepwise", [-1, -2]),
+        ("beams", {}, "final", [-1, -2]),
+        ("min_score", {"min_score": -3}, "stepwise", [-1, -2, -5, -6]),
+        ("rules", {"max_per_id": 1}, "stepwise", [-1, -2]),
+        ("rules", {"eligible": Eligibility(True, np.array([0, 2]), np.array([0, 2], np.int32))}, "stepwise", [-1, -2]),
+    ],
+)
+def test_a_short_answer_has_its_reason(
+    shortage: str | None, rules: dict[str, Any], validity: str, scores: list[float]
+) -> None:
+    catalogue = Catalogue.build([f"i{row}" for row in range(5)], [[row, 0] for row in range(5)], [5, 1])
+    service: Any = SimpleNamespace(catalogue=catalogue, settings=SimpleNamespace(shared_ids="expand"))
+    plan = Plan(service, 3, 4, validity, False, Rules(**rules))
+    index = np.array([0, 2, 1, 3])[: len(scores)]
+    log_probs = np.stack([scores, np.zeros(len(scores))], axis=1)
+    answer = rank(plan, RankedIds(index, log_probs, num_drafted=4, num_valid=len(scores)))
+    assert answer.shortage == shortage
+    assert (answer.summary.reason is None) == (len(answer.item_ids) == 3)
 
 
 def test_an_answer_is_counted() -> None:
@@ -205,7 +233,7 @@ def test_a_server_counts_its_answers_and_why_some_are_short(server: str, checkpo
     ask(n=20, beam_width=20, validity="final")
     ask(allow_items=["item-1", "item-2"])
     ask(exclude_items=["item-1", "no such item"], exclude_history=True, segments=["odd"])
-    ask(n=2000, beam_width=2000)
+    ask(n=500, beam_width=500)
     with pytest.raises(openai.BadRequestError):
         ask(n=60, beam_width=50)
     after = scrape(server)
@@ -216,11 +244,10 @@ def test_a_server_counts_its_answers_and_why_some_are_short(server: str, checkpo
     assert more("nezha_requests_total|answered") == 7
     assert more("nezha_requests_total|refused") == 1
     assert more("nezha_requests_total|failed") == more("nezha_requests_total|disconnected") == 0
-    assert {reason: more(f"nezha_short_answers_total|{reason}") for reason in metrics.SHORTAGES} == dict.fromkeys(
-        metrics.SHORTAGES, 1
-    )
+    short = {reason: more(f"nezha_short_answers_total|{reason}") for reason in metrics.SHORTAGES}
+    assert short == {"min_score": 1, "beams": 1, "rules": 1, "catalogue": 0}
     assert more("nezha_items_returned_count") == more("nezha_draft_stage_seconds_count") == 8
-    assert more("nezha_beam_width_bucket|2048.0") - more("nezha_beam_width_bucket|1024.0") == 1
+    assert more("nezha_beam_width_bucket|512.0") - more("nezha_beam_width_bucket|256.0") == 1
     assert 0 < more("nezha_draft_stage_seconds_sum") < 60
     assert 0 < more("nezha_beams_valid_total") < more("nezha_beams_drafted_total")
     assert more("nezha_rule_size_sum|exclude_items") == more("nezha_rule_size_sum|exclude_history") == 2

@@ -69,7 +69,7 @@ def read_rules(service: Service, options: Mapping[str, Any], history: Sequence[i
     if max_per_id is not None and (type(max_per_id) is not int or max_per_id < 1):
         raise bad_request("max_per_id", f"max_per_id must be a whole number of at least 1, got {max_per_id!r}")
     eligible = eligibility(catalogue, allowed, excluded, _combination(catalogue, options))
-    sizes = {name: len(options[name]) for name in LISTS if name in options}
+    sizes = {name: len(options[name]) for name in LISTS if options.get(name)}
     if exclude_history:
         sizes["exclude_history"] = len(seen)
     return Rules(eligible, min_score, unknown, max_per_id, sizes)
