@@ -40,7 +40,7 @@ class Scrape:
 
     def total(self, name: str, **labels: str) -> float | None:
         """Sum of the samples that have these labels among theirs; None if there is no such sample."""
-        found = [value for (known, of) in self._named(name) if labels.items() <= dict(of).items() for value in [known]]
+        found = [value for value, known in self._named(name) if labels.items() <= dict(known).items()]
         return sum(found) if found else None
 
     def by(self, name: str, label: str) -> dict[str, float]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-VERBS = ("prepare", "tokenize", "train", "evaluate", "init", "catalogue", "serve", "recommend", "demo")
+VERBS = ("prepare", "tokenize", "train", "evaluate", "init", "catalogue", "serve", "recommend", "status", "demo")
 
 
 class UserError(Exception):

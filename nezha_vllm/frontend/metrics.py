@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from nezha_vllm.frontend.service import Service
 from nezha_vllm.pointer import published_at
 
 if TYPE_CHECKING:
     from nezha_vllm.frontend.answers import Answer
     from nezha_vllm.frontend.options import Plan
+    from nezha_vllm.frontend.service import Service
     from nezha_vllm.payload import RankedIds
 
 OUTCOMES = ("answered", "refused", "overloaded", "failed", "disconnected")
