@@ -246,6 +246,8 @@ def test_a_server_counts_its_answers_and_why_some_are_short(server: str, checkpo
     assert more("nezha_requests_total|failed") == more("nezha_requests_total|disconnected") == 0
     short = {reason: more(f"nezha_short_answers_total|{reason}") for reason in metrics.SHORTAGES}
     assert short == {"min_score": 1, "beams": 1, "rules": 1, "catalogue": 0}
+    assert more("nezha_request_seconds_count") == 7
+    assert 0 < more("nezha_request_seconds_sum") < 60
     assert more("nezha_items_returned_count") == more("nezha_draft_stage_seconds_count") == 8
     assert more("nezha_beam_width_bucket|512.0") - more("nezha_beam_width_bucket|256.0") == 1
     assert 0 < more("nezha_draft_stage_seconds_sum") < 60

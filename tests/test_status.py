@@ -65,8 +65,8 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> CollectorRegistry:
     plan: Any = SimpleNamespace(beam_width=64, rules=SimpleNamespace(sizes={}, unknown=0))
     ids = RankedIds(np.arange(3), np.zeros((3, 2)), num_drafted=8, num_valid=2, draft_seconds=0.004)
     metrics.record(plan, ids, SimpleNamespace(item_ids=["a", "c"], shortage="rules"))  # type: ignore[arg-type]
-    metrics.count("answered")
-    metrics.count("refused")
+    metrics.count("answered", 0.012)
+    metrics.count("refused", 5.0)
     return registry
 
 
@@ -82,9 +82,9 @@ def test_people_read_a_table(page: str, capsys: pytest.CaptureFixture[str], monk
     shown = capsys.readouterr().out
     for text in (
         f"{url} serves films",
-        "[bold]monday, published 0 s ago",
-        "3, 2 semantic IDs",
-        "1 answered, 1 refused",
+        "[bold]monday · published 0 s ago",
+        "3 · 2 semantic IDs",
+        "1 answered · 1 refused",
         "1 by rules",
         "25.0%",
         "mean 4 ms",
@@ -112,7 +112,8 @@ def test_programs_read_json(page: str, capsys: pytest.CaptureFixture[str]) -> No
     assert found["answers"]["valid_beams"] == 0.25
     assert found["answers"]["items_each"] == 2
     assert found["seconds"]["draft_stage"]["mean"] == pytest.approx(0.004)
-    assert found["seconds"]["request"] == {"mean": None, "p50": None, "p99": None}
+    assert found["seconds"]["request"] == pytest.approx({"mean": 0.012, "p50": 0.0125, "p99": 0.01495})
+    assert found["seconds"]["queue"] == {"mean": None}
 
 
 def test_over_some_seconds_only_what_happened_meanwhile_counts(page: str, capsys: pytest.CaptureFixture[str]) -> None:

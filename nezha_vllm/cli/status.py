@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "a running server -> its catalogue, requests and times"
 MOST_SECONDS = 3600.0
-TIMES = {
-    "request": "vllm:e2e_request_latency_seconds",
-    "queue": "vllm:request_queue_time_seconds",
-    "draft_stage": "nezha_draft_stage_seconds",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +90,12 @@ def facts(now: Scrape, counted: Scrape, at: float, over: float | None) -> dict[s
             "valid_beams": valid / drafted if drafted and valid is not None else None,
             "short": _whole(counted.by("nezha_short_answers_total", "reason")),
         },
-        "seconds": {name: _times(counted, metric) for name, metric in TIMES.items()},
+        "seconds": {
+            "request": _times(counted, "nezha_request_seconds"),
+            # the smallest bucket of vLLM's histogram is 0.3 s: too coarse for more than a mean
+            "queue": {"mean": counted.mean("vllm:request_queue_time_seconds")},
+            "draft_stage": _times(counted, "nezha_draft_stage_seconds"),
+        },
     }
 
 
@@ -132,7 +132,7 @@ def _table(found: dict[str, Any], over: float | None) -> Table:
     table.add_column("")
 
     def row(name: str, *values: str | None) -> None:
-        table.add_row(name, Text(", ".join(value for value in values if value) or "–"))  # Text: versions are no markup
+        table.add_row(name, Text(" · ".join(value for value in values if value) or "–"))  # Text: versions are no markup
 
     row("catalogue", " and ".join(catalogue["versions"]), _age(catalogue["age_seconds"]))
     row("items", _count(catalogue["items"]), _count(catalogue["semantic_ids"], " semantic IDs"))

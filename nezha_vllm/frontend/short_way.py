@@ -124,11 +124,11 @@ class CompletionsRoute(APIRoute):
         counted = metrics.active()
         if counted is None or scope["method"] not in self.methods:
             return await super().handle(scope, receive, send)
-        outcome = Outcome(send)
+        outcome, begun = Outcome(send), time.perf_counter()
         try:
             await super().handle(scope, receive, outcome)
         finally:
-            counted.count(outcome.name)
+            counted.count(outcome.name, time.perf_counter() - begun)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         long_way = super().get_route_handler()
