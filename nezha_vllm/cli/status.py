@@ -127,7 +127,8 @@ def _table(found: dict[str, Any], over: float | None) -> Table:
 
     catalogue, requests, answers = found["catalogue"], found["requests"], found["answers"]
     outcomes = {name: requests[name] for name in requests if name not in ("per_second", "running", "waiting")}
-    table = Table(title="since the server started" if over is None else f"in {over:g} s", title_justify="left")
+    title = "since the server started" if over is None else f"in {over:g} s"
+    table = Table(title=title, title_justify="left", show_header=False)
     table.add_column("", no_wrap=True)
     table.add_column("")
 
