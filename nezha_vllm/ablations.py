@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nezha_vllm.config import AUTOREGRESSIVE
 from nezha_vllm.draft_head import DraftHead
 
 LABELS = {
@@ -19,7 +20,9 @@ LABELS = {
     "nezha-2": "NEZHA-2, no placeholders",
     "nezha-3": "NEZHA-3, summed context state",
     "mtp": "MTP heads",
+    AUTOREGRESSIVE: "language model, constrained beam search",
 }
+FREE_LABEL = "language model, beam search"  # over its whole vocabulary; invalid beams are lost
 WITHOUT_PLACEHOLDERS = ("nezha-2", "mtp")  # every level reads h_0
 
 

@@ -12,7 +12,8 @@ from nezha_vllm.semantic_id import SemanticIdCodec
 
 SHARED_ID_POLICIES = ("expand", "first", "round_robin")
 VALIDITY_MODES = ("stepwise", "final")
-METHODS = ("nezha", "nezha-1", "nezha-2", "nezha-3", "mtp")
+AUTOREGRESSIVE = "ar"  # the language model: no draft head, a forward pass a code
+METHODS = ("nezha", "nezha-1", "nezha-2", "nezha-3", "mtp", AUTOREGRESSIVE)
 MAX_LEVELS = 8
 MAX_BEAM_WIDTH = 4096
 
@@ -30,7 +31,8 @@ class NezhaFields:
         validity: default validity mode, ``stepwise`` or ``final``.
         shared_ids: how items that share a semantic ID come out, see ``sharing.ranked_rows``.
         catalogue: folder of the catalogue, relative to the checkpoint.
-        method: ``nezha``, or one that it is compared with, see ``ablations``; only ``nezha`` is served.
+        method: ``nezha``, or one that it is compared with, see ``ablations`` and ``hf.language_model``, which are not
+            served.
     """
 
     codebook_sizes: list[int] = field(default_factory=lambda: [256, 256, 256])
@@ -46,6 +48,11 @@ class NezhaFields:
     @property
     def num_levels(self) -> int:
         return len(self.codebook_sizes)
+
+    @property
+    def num_reads(self) -> int:
+        """Hidden states that predict a target: h_0 and one a placeholder, or h_0 and one a code but the last."""
+        return self.num_levels + (self.method != AUTOREGRESSIVE)
 
     @property
     def codec(self) -> SemanticIdCodec:

@@ -166,7 +166,7 @@ def reference_beam_search(
         log_p_NBT = head.log_probs(level, state_NBH, hidden_NSH[:, level + 1, None])
         child_NBT = prefix_NB[..., None] * size + torch.arange(size, device=device)
         total_NBT = score_NB[..., None] + log_p_NBT
-        allowed = ~stepwise_N[:, None, None] | _has_key(keys_M, child_NBT * suffix, suffix)
+        allowed = ~stepwise_N[:, None, None] | has_key(keys_M, child_NBT * suffix, suffix)
         for request, rule in enumerate(eligible or ()):
             if rule is not None and stepwise_N[request]:
                 low = torch.searchsorted(keys_M, child_NBT[request] * suffix)
@@ -178,17 +178,18 @@ def reference_beam_search(
         prefix_NB = child_NBT.flatten(1).gather(1, chosen_NK)
         score_NB = total_NBT.flatten(1).gather(1, chosen_NK).masked_fill(~alive_NK, -torch.inf)
         log_p_NK = log_p_NBT.flatten(1).gather(1, chosen_NK)
-        history_NBL = torch.cat([_gather(history_NBL, parent_NK), log_p_NK[..., None]], dim=2)
+        history_NBL = torch.cat([gather_beams(history_NBL, parent_NK), log_p_NK[..., None]], dim=2)
         if level + 1 < codec.num_levels:
             drive_NKH = code_drives[level][code_NK] if code_drives else head.code_drive(level, code_NK)
             # W_hh before the gather: one row a parent, which at level 1 is one row a request instead of K
-            state_NBH = head.activation(drive_NKH + _gather(head.recurrence(level, state_NBH), parent_NK))
-    return _finish(prefix_NB, score_NB, history_NBL, keys_M, eligible or ())
+            state_NBH = head.activation(drive_NKH + gather_beams(head.recurrence(level, state_NBH), parent_NK))
+    return finish(prefix_NB, score_NB, history_NBL, keys_M, eligible or ())
 
 
-def _finish(
+def finish(
     key_NK: Tensor, score_NK: Tensor, log_probs_NKL: Tensor, keys_M: Tensor, eligible: Sequence[Eligible | None]
 ) -> Beams:
+    """Drop the beams that are no items and sort the others, which arrive in the order of their keys."""
     drafted_NK = score_NK > -torch.inf
     index_NK = torch.searchsorted(keys_M, key_NK).clamp(max=len(keys_M) - 1)
     valid_NK = drafted_NK & (keys_M[index_NK] == key_NK)
@@ -199,14 +200,15 @@ def _finish(
     # beams arrive in key order, so a stable sort leaves equal scores in key order
     score_NK, order_NK = score_NK.sort(dim=1, descending=True, stable=True)
     index_NK = index_NK.masked_fill(~valid_NK, -1).gather(1, order_NK)
-    return Beams(index_NK, _gather(log_probs_NKL, order_NK), score_NK, drafted_NK.sum(1), valid_NK.sum(1))
+    return Beams(index_NK, gather_beams(log_probs_NKL, order_NK), score_NK, drafted_NK.sum(1), valid_NK.sum(1))
 
 
-def _has_key(keys_M: Tensor, low: Tensor, span: int) -> Tensor:
+def has_key(keys_M: Tensor, low: Tensor, span: int) -> Tensor:
     """Whether a key lies in [low, low + span)."""
     at = torch.searchsorted(keys_M, low)
     return (at < len(keys_M)) & (keys_M[at.clamp(max=len(keys_M) - 1)] - low < span)
 
 
-def _gather(values_NBX: Tensor, index_NK: Tensor) -> Tensor:
+def gather_beams(values_NBX: Tensor, index_NK: Tensor) -> Tensor:
+    """values [N, K, X] of the chosen beams."""
     return values_NBX.gather(1, index_NK[..., None].expand(-1, -1, values_NBX.shape[2]))

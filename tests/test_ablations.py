@@ -49,10 +49,10 @@ def rings():
 
 
 def test_every_method_has_a_head_and_a_label():
-    assert set(METHODS) == set(HEADS) == set(LABELS)
+    assert set(METHODS) == set(LABELS) == {*HEADS, "ar"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", HEADS)
 def test_the_search_scores_as_teacher_forcing_does(method, catalogue):
     """A beam as wide as the catalogue is brute force over its items."""
     torch.manual_seed(1)
@@ -68,7 +68,7 @@ def test_the_search_scores_as_teacher_forcing_does(method, catalogue):
 
 def test_without_context_the_codes_chosen_do_not_matter():
     hidden, one, other = torch.randn(1, 4, 64), torch.tensor([[0, 1, 2]]), torch.tensor([[3, 2, 2]])
-    for method in METHODS:
+    for method in HEADS:
         head = HEADS[method](64, SIZES)
         same = torch.equal(head(hidden, one)[2], head(hidden, other)[2])
         assert same == (method in ("nezha-1", "mtp")), method
@@ -79,7 +79,7 @@ def test_the_summed_state_adds_embeddings():
     torch.testing.assert_close(head.next_state(1, state, codes), state + head.code_embeddings[1].weight[codes])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", HEADS)
 def test_placeholders_are_read_or_not(method, catalogue):
     model, _, _ = starting_model("scratch", catalogue, SHAPE, 0, method)
     ids = torch.tensor([[10, 11, 12, *model.config.placeholder_token_ids]])

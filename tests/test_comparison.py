@@ -26,6 +26,15 @@ SMALL = SasRecOptions(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are so small that threads cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def rings():
     """Users walk round a ring of items in steps of one or of five."""

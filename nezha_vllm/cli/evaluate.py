@@ -1,9 +1,9 @@
-"""Hit and NDCG at 5 and 10 of a checkpoint beside baselines.
+"""Hit and NDCG at 5 and 10 of a checkpoint beside baselines, Hit at 500 too with a beam that wide.
 
     nezha evaluate nezha-ml-100k data/ml-100k
     nezha evaluate nezha-ml-100k data/ml-100k --split valid --exclude-history
     nezha evaluate nezha-ml-100k data/ml-100k --baselines markov knn sasrec --intervals --results runs.csv
-    nezha evaluate my-nezha data/mine --against my-mtp my-nezha-1 --intervals
+    nezha evaluate my-nezha data/mine --against my-ar my-mtp my-nezha-1 --beam-width 512 --intervals
 
 Leave-one-out, full ranking: every method ranks all items of the catalogue, and one held-out item a user counts.
 Items of the history stay in every ranking, or with --exclude-history in none. The baselines learn from what the model

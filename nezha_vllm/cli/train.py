@@ -54,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=("nezha", "nezha-1", "nezha-2", "nezha-3", "mtp"),
-        help="what to train: nezha (default), or an ablation to compare it with, which is not served",
+        choices=("nezha", "nezha-1", "nezha-2", "nezha-3", "mtp", "ar"),
+        help="what to train: nezha (default), or what it is compared with and is not served: its ablations, MTP heads, "
+        "and ar, the autoregressive language model",
     )
     shape = parser.add_argument_group("shape of --backbone scratch")
     shape.add_argument("--family", choices=("llama", "qwen3"), default="llama")

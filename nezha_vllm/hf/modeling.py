@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel, Qwen3Model
 from transformers.modeling_outputs import ModelOutput
@@ -18,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
 
 from nezha_vllm.ablations import HEADS, WITHOUT_PLACEHOLDERS
-from nezha_vllm.config import NezhaConfig, NezhaLlamaConfig, NezhaQwen3Config, register_configs
+from nezha_vllm.config import AUTOREGRESSIVE, NezhaConfig, NezhaLlamaConfig, NezhaQwen3Config, register_configs
 from nezha_vllm.hf.recommend import Recommendation, recommend
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class _NezhaMixin(PreTrainedModel):
     def _setup(self, config: NezhaConfig, backbone: type[PreTrainedModel]) -> None:
         config.check()
         self.model = backbone(config)
-        self.draft_head = HEADS[config.method](config.hidden_size, config.codebook_sizes)
+        if config.method != AUTOREGRESSIVE:
+            self.draft_head = HEADS[config.method](config.hidden_size, config.codebook_sizes)
         self.label_smoothing = 0.0
         self.post_init()
 
@@ -70,11 +72,12 @@ class _NezhaMixin(PreTrainedModel):
             input_ids: [N, Q].
             attention_mask: [N, Q] (1 = token, 0 = padding on either side) or [N, 1, Q, Q] (True = may attend).
             position_ids: [N, Q]; default counted from the 2-D mask. Required with a 4-D mask.
-            read_positions: [N, P, L + 1], indices of h_0 … h_L of each target; default the last L + 1 tokens, P = 1.
+            read_positions: [N, P, S], indices of h_0 … h_L of each target; default the last S tokens, P = 1. S is
+                L + 1; of the language model L, and what it reads behind the history are all codes but the last.
             labels: codes of the targets, [N, P, L] or [N, L]; targets with -100 do not count.
 
         Returns:
-            ``hidden_states`` [N, P, L + 1, H], ``loss`` and ``logits``; the loss is the mean over targets and levels.
+            ``hidden_states`` [N, P, S, H], ``loss`` and ``logits``; the loss is the mean over targets and levels.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -98,8 +101,23 @@ class _NezhaMixin(PreTrainedModel):
         labels_NPL = labels if labels.dim() == 3 else labels[:, None]
         labelled_NP = labels_NPL[..., 0] != IGNORED
         labels_VL = labels_NPL[labelled_NP]
-        logits = self.draft_head(hidden_NPSH[labelled_NP], labels_VL)
+        logits = self.code_log_probs(hidden_NPSH[labelled_NP], labels_VL)
         return NezhaOutput(self._loss(logits, labels_VL), tuple(logits), hidden_NPSH)
+
+    def code_log_probs(self, hidden_NSH: Tensor, codes_NL: Tensor) -> list[Tensor]:
+        """Log-probabilities under teacher forcing: per level float32 [N, T_l].
+
+        Those of the language model are a part of its distribution over the vocabulary, so they sum to less than 1.
+        """
+        if self.config.method != AUTOREGRESSIVE:
+            return self.draft_head(hidden_NSH, codes_NL)
+        log_p_NLV = self.next_token_log_probs(hidden_NSH)
+        levels = zip(self.config.code_token_offsets, self.config.codebook_sizes, strict=True)
+        return [log_p_NLV[:, level, start : start + size] for level, (start, size) in enumerate(levels)]
+
+    def next_token_log_probs(self, hidden: Tensor) -> Tensor:
+        """The language model's log-probabilities float32 [..., V] of all V tokens; embeddings are its output layer."""
+        return F.linear(hidden, self.model.embed_tokens.weight).float().log_softmax(-1)
 
     def _loss(self, logits: Sequence[Tensor], labels_VL: Tensor) -> Tensor:
         losses = []
@@ -110,17 +128,20 @@ class _NezhaMixin(PreTrainedModel):
         return torch.stack(losses).mean()
 
     def _last_positions(self, attention_mask: Tensor) -> Tensor:
-        """Indices [N, L + 1] of the last tokens that are no padding."""
-        width = self.config.num_levels + 1
+        """Indices [N, S] of the last tokens that are no padding."""
+        width = self.config.num_reads
         if int(attention_mask.sum(-1).min()) < width:
-            raise ValueError(f"every prompt needs at least {width} tokens: one of history and the placeholders")
+            raise ValueError(f"every prompt needs at least {width} tokens: one of history and what follows it")
         index_NQ = torch.arange(attention_mask.shape[1], device=attention_mask.device).expand_as(attention_mask)
         last_N1 = index_NQ.masked_fill(attention_mask == 0, -1).max(-1, keepdim=True).values
         return last_N1 + torch.arange(1 - width, 1, device=attention_mask.device)
 
     @torch.no_grad()
     def hidden_states_for(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """h_0 … h_L [N, L + 1, H] of prompts [N, Q] that end with the placeholders, padded on either side."""
+        """h_0 … h_L [N, S, H] of prompts [N, Q] that end with the placeholders, padded on either side.
+
+        Prompts of the language model end with all codes of the target but the last, and S is L.
+        """
         return self(input_ids, attention_mask).hidden_states[:, 0]
 
     def recommend(

@@ -1,4 +1,7 @@
-"""Prompts as token ids: the tokenizer's prefix, L code tokens an item, L placeholders, nothing behind them."""
+"""Prompts as token ids: the tokenizer's prefix, L code tokens an item, L placeholders, nothing behind them.
+
+Those of the language model end with the history.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from nezha_vllm.config import AUTOREGRESSIVE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,4 +48,5 @@ def prompt_token_ids(config: NezhaConfig, history_codes: Any, prefix: Sequence[i
     codes = np.asarray(history_codes, np.int64).reshape(-1, config.num_levels)
     if len(codes) == 0:
         raise ValueError("a history needs at least one item")
-    return [*prefix, *code_token_ids(config, codes).ravel().tolist(), *config.placeholder_token_ids]
+    history = [*prefix, *code_token_ids(config, codes).ravel().tolist()]
+    return history if config.method == AUTOREGRESSIVE else [*history, *config.placeholder_token_ids]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from nezha_vllm.beam import BeamSearch
-from nezha_vllm.config import VALIDITY_MODES
+from nezha_vllm.config import AUTOREGRESSIVE, VALIDITY_MODES
 from nezha_vllm.draft_head import Beams
+from nezha_vllm.hf.language_model import language_model_beam_search
 from nezha_vllm.hf.prompt import prompt_token_ids
 from nezha_vllm.sharing import ranked_rows
 
@@ -64,20 +65,44 @@ def recommend(
         ValueError: levels that differ, an empty history, n or validity out of range.
         UnknownItemError: an item that the catalogue does not hold.
     """
+    width = model.config.beam_width if beam_width is None else beam_width
+    if not 1 <= n <= width:
+        raise ValueError(f"n is {n}, must be between 1 and the beam width, {width}")
+    beams = search(model, histories, catalogue=catalogue, beam_width=width, validity=validity, prefix=prefix)
+    return [_items(beams, row, n, catalogue, model.config.shared_ids) for row in range(len(histories))]
+
+
+@torch.no_grad()
+def search(
+    model: NezhaLlamaForCausalLM | NezhaQwen3ForCausalLM,
+    histories: Sequence[Sequence[str]],
+    *,
+    catalogue: Catalogue,
+    beam_width: int | None = None,
+    validity: str | None = None,
+    prefix: Sequence[int] = (),
+) -> Beams:
+    """The beams behind ``recommend``, one row a history."""
     config = model.config
     check_catalogue(config, catalogue)
     width = config.beam_width if beam_width is None else beam_width
     validity = config.validity if validity is None else validity
     if validity not in VALIDITY_MODES:
         raise ValueError(f"validity is {validity!r}, must be one of {VALIDITY_MODES}")
-    if not 1 <= n <= width:
-        raise ValueError(f"n is {n}, must be between 1 and the beam width, {width}")
     prompts = [prompt_token_ids(config, [catalogue.codes_of(item) for item in items], prefix) for items in histories]
     input_ids, attention_mask = pad_left(prompts, model.device)
+    keys_M, stepwise = torch.from_numpy(catalogue.keys.copy()).to(model.device), validity == "stepwise"
+    if config.method == AUTOREGRESSIVE:
+        return language_model_beam_search(model, input_ids, attention_mask, keys_M, width, stepwise)
     hidden_NSH = model.hidden_states_for(input_ids, attention_mask)
-    search = BeamSearch(model.draft_head, torch.from_numpy(catalogue.keys.copy()).to(model.device))
-    beams = search(hidden_NSH, [width] * len(prompts), [validity == "stepwise"] * len(prompts))
-    return [_items(beams, row, n, catalogue, config.shared_ids) for row in range(len(prompts))]
+    return BeamSearch(model.draft_head, keys_M)(hidden_NSH, [width] * len(prompts), [stepwise] * len(prompts))
+
+
+def item_ids(beams: Beams, n: int, catalogue: Catalogue, policy: str) -> list[list[str]]:
+    """The n best items of each row of beams."""
+    index_NK = beams.index_NK.cpu().numpy()
+    found = (ranked_rows(catalogue, index[index >= 0], n, policy=policy)[0] for index in index_NK)
+    return [catalogue.item_ids(rows.tolist()) for rows in found]
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

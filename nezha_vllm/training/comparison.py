@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nezha_vllm.ablations import LABELS
+from nezha_vllm.ablations import FREE_LABEL, LABELS
+from nezha_vllm.config import AUTOREGRESSIVE
 from nezha_vllm.training.baselines import Baseline, ItemKnn, Markov, Popularity
-from nezha_vllm.training.evaluation import Track, Trained, recommended_items
-from nezha_vllm.training.metrics import CUTOFFS, gains, hits, ranks_of, summary
+from nezha_vllm.training.evaluation import Track, Trained, ranked
+from nezha_vllm.training.metrics import CUTOFFS, DEEP_CUTOFF, gains, hit, hits, ranks_of, summary
 from nezha_vllm.training.sasrec import SasRec, SasRecOptions
 from nezha_vllm.training.significance import paired_bootstrap
 
@@ -37,6 +38,9 @@ BASELINES = {
 class Comparison:
     """``rows``: method → ``hit@5`` …; the rest says how they were measured.
 
+    A row has ``hit@500`` if so many items are ranked for every user, and if it has beams ``valid``, the share of the
+    finished ones that are items. ``validities``: method → its validity mode, likewise.
+
     ``against``: baseline → metric → the model's figure minus the baseline's, as in ``significance.Difference``.
     ``seconds``: method → its training, if any is done here, and ranking. ``options``: method → its training options.
     """
@@ -53,6 +57,7 @@ class Comparison:
     model: str = LABELS["nezha"]
     validity: str = "stepwise"
     against: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    validities: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -90,7 +95,8 @@ def compare(
     Args:
         options: what the model was trained with, to be noted.
         baselines: keys of ``BASELINES``, in the order of the rows.
-        others: further checkpoints, asked with the same beam width, each with its own history and validity.
+        others: further checkpoints, asked with the same beam width, each with its own history and validity. A language
+            model has two rows, decoded freely and within the catalogue's prefixes.
         seed: of SASRec and of the bootstrap.
         write: gets a line an epoch of SASRec.
 
@@ -106,17 +112,31 @@ def compare(
     width = beam_width or (model.config.max_beam_width if exclude_history else model.config.beam_width)
     seen = [set(history) if exclude_history else set() for history in histories]
     # so deep that the largest cut-off is full when the history has gone
-    depth = max(CUTOFFS) + max(map(len, seen))
+    longest = max(map(len, seen))
+    depth = DEEP_CUTOFF + longest
 
-    name_of_model, mode = LABELS[model.config.method], validity or model.config.validity
-    ranks, seconds, trained = {}, {}, {name_of_model: dict(options or {})}
+    mode = validity or model.config.validity
+    decodings = _decodings(model.config.method, validity, mode)
+    name_of_model = decodings[-1][0]
+    ranks, seconds, trained, modes, shares = {}, {}, {}, {}, {}
 
     def measure(name: str, rank: Callable[[], list[list[str]]]) -> None:
         start = time.perf_counter()
-        ranked = rank()
+        found = rank()
         seconds[name] = round(time.perf_counter() - start, 3)
-        kept = [[item for item in items if item not in gone] for items, gone in zip(ranked, seen, strict=True)]
+        kept = [[item for item in items if item not in gone] for items, gone in zip(found, seen, strict=True)]
         ranks[name] = ranks_of(targets, kept)
+
+    def measure_beams(name: str, asked: Trained, mode: str) -> None:
+        ask = {"max_history": asked.max_history, "prefix": asked.prefix, "validity": mode, **common}
+
+        def rank() -> list[list[str]]:
+            found = ranked(asked.model, asked.catalogue, histories, **ask)
+            shares[name] = found.valid_share
+            return found.items
+
+        trained[name], modes[name] = dict(asked.options), mode
+        measure(name, rank)
 
     def baseline(name: str) -> list[list[str]]:
         if name == "sasrec":
@@ -126,18 +146,26 @@ def compare(
     for name in baselines:
         measure(BASELINES[name], partial(baseline, name))
     # with exclusion the whole beam is asked for, since any of it may be history
-    common = {"n": width if exclude_history else max(CUTOFFS), "beam_width": width, "track": track}
+    common: dict[str, Any] = {
+        "n": width if exclude_history else min(width, DEEP_CUTOFF),
+        "beam_width": width,
+        "track": track,
+    }
     for other in others:
         if set(other.catalogue.items["item_id"].to_pylist()) != set(catalogue.items["item_id"].to_pylist()):
             raise ValueError(f"{other.name} ranks other items than the first checkpoint, so no pair can be made")
-        label = LABELS[other.model.config.method]
-        ask: dict[str, Any] = {"max_history": other.max_history, "prefix": other.prefix, **common}
-        if label in (name_of_model, *ranks):
-            label = f"{label}: {other.name}"
-        trained[label] = dict(other.options)
-        measure(label, partial(recommended_items, other.model, other.catalogue, histories, **ask))
-    own: dict[str, Any] = {"max_history": max_history, "prefix": prefix, "validity": mode, **common}
-    measure(name_of_model, partial(recommended_items, model, catalogue, histories, **own))
+        for label, other_mode in _decodings(other.model.config.method, None, other.model.config.validity):
+            taken = label in ranks or label in dict(decodings)
+            measure_beams(f"{label}: {other.name}" if taken else label, other, other_mode)
+    own = Trained("", model, catalogue, max_history, prefix, options or {})
+    for label, own_mode in decodings:
+        measure_beams(label, own, own_mode)
+
+    def figures(name: str) -> dict[str, float]:
+        deep = name not in modes or width - longest >= DEEP_CUTOFF
+        more = {f"hit@{DEEP_CUTOFF}": hit(ranks[name], DEEP_CUTOFF)} if deep else {}
+        return summary(ranks[name]) | more | ({"valid": shares[name]} if name in shares else {})
+
     return Comparison(
         dataset.name,
         part,
@@ -147,13 +175,22 @@ def compare(
         max_history,
         width,
         catalogue.version,
-        {name: summary(found) for name, found in ranks.items()},
+        {name: figures(name) for name in ranks},
         name_of_model,
-        mode,
+        decodings[-1][1],
         {name: _against(ranks[name_of_model], found, seed) for name, found in ranks.items() if name != name_of_model},
+        modes,
         seconds,
         trained,
     )
+
+
+def _decodings(method: str, validity: str | None, default: str) -> list[tuple[str, str]]:
+    """Label and validity mode of each row of a checkpoint, its main one last."""
+    if method != AUTOREGRESSIVE:
+        return [(LABELS[method], validity or default)]
+    both = [(FREE_LABEL, "final"), (LABELS[method], "stepwise")]
+    return [row for row in both if validity in (None, row[1])]
 
 
 def _baseline(name: str, split: Split, dataset: Dataset, seed: int, write: Callable[[str], None]) -> Baseline:
@@ -176,15 +213,22 @@ def table(comparison: Comparison) -> Table:
     from rich.table import Table
 
     names = [f"{metric}@{k}" for k in CUTOFFS for metric in ("hit", "ndcg")]
+    names += [name for name in (f"hit@{DEEP_CUTOFF}", "valid") if any(name in row for row in comparison.rows.values())]
     view = Table(title=comparison.dataset, caption=comparison.convention, caption_justify="left")
     view.add_column("")
     for name in names:
-        view.add_column(name.replace("hit", "Hit").replace("ndcg", "NDCG"), justify="right")
-    best = {name: max(row[name] for row in comparison.rows.values()) for name in names}
+        heading = name.replace("hit", "Hit").replace("ndcg", "NDCG").replace("valid", "valid beams")
+        view.add_column(heading, justify="right")
+    best = {name: max(row.get(name, 0) for row in comparison.rows.values()) for name in names if name != "valid"}
     for method, row in comparison.rows.items():
-        cells = [f"[bold]{row[name]:.4f}[/bold]" if row[name] == best[name] else f"{row[name]:.4f}" for name in names]
-        view.add_row(method, *cells)
+        view.add_row(method, *(_cell(row.get(name), best.get(name)) for name in names))
     return view
+
+
+def _cell(figure: float | None, best: float | None) -> str:
+    if figure is None:
+        return "–"
+    return f"[bold]{figure:.4f}[/bold]" if figure == best else f"{figure:.4f}"
 
 
 def differences(comparison: Comparison) -> Table:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nezha_vllm.hf.prompt import prompt_token_ids
-from nezha_vllm.hf.recommend import pad_left, recommend
+from nezha_vllm.config import AUTOREGRESSIVE
+from nezha_vllm.hf.prompt import code_token_ids, prompt_token_ids
+from nezha_vllm.hf.recommend import item_ids, pad_left, search
 from nezha_vllm.training.metrics import CUTOFFS, ranks_of
 
 if TYPE_CHECKING:
@@ -32,10 +33,23 @@ class Trained:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Ranked:
+    """The best items of each history; how many beams were finished in all, and how many of them were items."""
+
+    items: list[list[str]]
+    drafted: int
+    valid: int
+
+    @property
+    def valid_share(self) -> float:
+        return self.valid / self.drafted
+
+
 Track = Callable[[Sequence[int]], Iterable[int]]
 
 
-def recommended_items(
+def ranked(
     model: NezhaModel,
     catalogue: Catalogue,
     histories: Sequence[Sequence[str]],
@@ -47,17 +61,18 @@ def recommended_items(
     prefix: Sequence[int] = (),
     batch_size: int = 64,
     track: Track = iter,
-) -> list[list[str]]:
+) -> Ranked:
     """The n best items for the last ``max_history`` items of each history."""
     model.eval()
     found: list[list[str]] = []
+    drafted = valid = 0
     for start in track(range(0, len(histories), batch_size)):
         batch = [items[-max_history:] for items in histories[start : start + batch_size]]
-        answers = recommend(
-            model, batch, n, catalogue=catalogue, beam_width=beam_width, validity=validity, prefix=prefix
-        )
-        found += [[answer.item_id for answer in answers_of_one] for answers_of_one in answers]
-    return found
+        beams = search(model, batch, catalogue=catalogue, beam_width=beam_width, validity=validity, prefix=prefix)
+        found += item_ids(beams, n, catalogue, model.config.shared_ids)
+        drafted += int(beams.drafted_N.sum())
+        valid += int(beams.valid_N.sum())
+    return Ranked(found, drafted, valid)
 
 
 def model_ranks(
@@ -68,7 +83,7 @@ def model_ranks(
     **options: Any,
 ) -> np.ndarray:
     """Ranks of the targets, from 0; ``metrics.UNRANKED`` beyond the largest cut-off."""
-    return ranks_of(targets, recommended_items(model, catalogue, histories, **options))
+    return ranks_of(targets, ranked(model, catalogue, histories, **options).items)
 
 
 @torch.no_grad()
@@ -83,17 +98,21 @@ def target_loss(
     batch_size: int = 256,
 ) -> float:
     """Mean over targets and levels of the cross-entropy, as in training but without smoothing and dropout."""
+    config = model.config
     model.eval()
     total = 0.0
     for start in range(0, len(targets), batch_size):
         part = slice(start, start + batch_size)
         prompts = [
-            prompt_token_ids(model.config, [catalogue.codes_of(item) for item in items[-max_history:]], prefix)
+            prompt_token_ids(config, [catalogue.codes_of(item) for item in items[-max_history:]], prefix)
             for items in histories[part]
         ]
         labels_NL = torch.tensor([catalogue.codes_of(item) for item in targets[part]], device=model.device)
+        if config.method == AUTOREGRESSIVE:
+            forced_NL = code_token_ids(config, labels_NL.cpu())
+            prompts = [[*prompt, *codes[:-1]] for prompt, codes in zip(prompts, forced_NL.tolist(), strict=True)]
         hidden_NSH = model.hidden_states_for(*pad_left(prompts, model.device))
-        log_probs = model.draft_head(hidden_NSH, labels_NL)
+        log_probs = model.code_log_probs(hidden_NSH, labels_NL)
         truth = [log_p_NT.gather(1, labels_NL[:, level, None]) for level, log_p_NT in enumerate(log_probs)]
         total -= float(torch.stack(truth).mean(0).sum())
     return total / len(targets)

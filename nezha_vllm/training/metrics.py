@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 CUTOFFS = (5, 10)
+DEEP_CUTOFF = 500  # of Hit alone: what a ranking stage behind would get
 UNRANKED = np.iinfo(np.int64).max
 
 

@@ -8,6 +8,9 @@ History tokens are causal among themselves. The placeholders of target i see the
 earlier placeholders of their own group, and have the position ids they would have right behind x_i. With W = 20 and
 L = 3 a target costs 6 tokens instead of 33 on average. Histories that are too short are padded between history and
 placeholders, where no labelled target looks, so one mask serves every row.
+
+Rows of the language model are the same, with the target's codes but the last in place of the placeholders: teacher
+forcing for every target. They are tokens of their own, not the history's, so that item dropout leaves them alone.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nezha_vllm.config import NezhaConfig
+from nezha_vllm.config import AUTOREGRESSIVE, NezhaConfig
 
 IGNORED = -100
 
@@ -73,21 +76,22 @@ class PackedCollator:
 
     @cached_property
     def _layout(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mask [Q, Q] (True = may attend), position ids [Q] and read positions [P, L + 1] of a row."""
+        """Mask [Q, Q] (True = may attend), position ids [Q] and read positions [P, S] of a row."""
         levels, targets, lead = self.config.num_levels, self.max_history, len(self.prefix)
+        group = self.config.num_reads - 1
         history = lead + targets * levels
         # how many history tokens a token sees, and the group it belongs to (-1: history)
-        target_Q = torch.arange(targets).repeat_interleave(levels)
+        target_Q = torch.arange(targets).repeat_interleave(group)
         seen_Q = torch.cat([torch.arange(1, history + 1), lead + (target_Q + 1) * levels])
         group_Q = torch.cat([torch.full((history,), -1), target_Q])
         index_Q = torch.arange(len(group_Q))
         sees_history_QQ = (group_Q == -1) & (index_Q < seen_Q[:, None])
         sees_group_QQ = (group_Q >= 0) & (group_Q == group_Q[:, None]) & (index_Q <= index_Q[:, None])
-        level_Q = torch.arange(levels).repeat(targets)
+        level_Q = torch.arange(group).repeat(targets)
         position_Q = torch.cat([torch.arange(history), seen_Q[history:] + level_Q])
         last_P1 = lead + (torch.arange(targets)[:, None] + 1) * levels - 1
-        groups_PL = history + torch.arange(targets * levels).view(targets, levels)
-        return sees_history_QQ | sees_group_QQ, position_Q, torch.cat([last_P1, groups_PL], dim=1)
+        groups_PG = history + torch.arange(targets * group).view(targets, group)
+        return sees_history_QQ | sees_group_QQ, position_Q, torch.cat([last_P1, groups_PG], dim=1)
 
     def __call__(self, rows: Sequence[Tensor]) -> dict[str, Tensor]:
         levels, targets, lead = self.config.num_levels, self.max_history, len(self.prefix)
@@ -95,7 +99,9 @@ class PackedCollator:
         mask_QQ, position_Q, read_PS = self._layout
         count, width = len(rows), len(position_Q)
         input_ids = torch.full((count, width), self.config.placeholder_token_ids[0])
-        input_ids[:, lead + targets * levels :] = torch.tensor(self.config.placeholder_token_ids).repeat(targets)
+        groups = input_ids[:, lead + targets * levels :].view(count, targets, -1)
+        if self.config.method != AUTOREGRESSIVE:
+            groups[:] = torch.tensor(self.config.placeholder_token_ids)
         input_ids[:, :lead] = torch.tensor(self.prefix, dtype=torch.long)
         labels = torch.full((count, targets, levels), IGNORED)
         for row, codes in enumerate(rows):
@@ -105,6 +111,8 @@ class PackedCollator:
                 history = history.masked_fill(torch.rand(used, 1) < self.item_dropout, self._blot)
             input_ids[row, lead : lead + used * levels] = history.flatten()
             labels[row, :used] = codes[1:]
+            if self.config.method == AUTOREGRESSIVE:
+                groups[row, :used] = (codes[1:] + offsets)[:, :-1]
         return {
             "input_ids": input_ids,
             "attention_mask": mask_QQ.expand(count, 1, width, width),

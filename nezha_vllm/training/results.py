@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from nezha_vllm.data.dataset import Dataset
     from nezha_vllm.training.comparison import Comparison
 
-METRICS = ("hit@5", "hit@10", "ndcg@5", "ndcg@10")
+METRICS = ("hit@5", "hit@10", "ndcg@5", "ndcg@10", "hit@500", "valid")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a run beside its figures. ``seconds`` is the time of ``method`` in the evaluation."""
+    """What is known of a run beside its figures. ``seconds`` is the time of ``method`` in the evaluation.
+
+    ``validity`` is empty where there are no beams, and so are figures that a method lacks.
+    """
 
     date: str
     commit: str
@@ -69,12 +72,12 @@ def append(path: str | os.PathLike[str], comparison: Comparison, dataset: Datase
             comparison.beam_width,
             comparison.max_history,
             comparison.exclude_history,
-            comparison.validity,
+            comparison.validities.get(method, ""),
             comparison.targets,
             comparison.items,
             comparison.seconds.get(method, float("nan")),
         )
-        lines.append([*asdict(run).values(), *(f"{figures[metric]:.6f}" for metric in METRICS)])
+        lines.append([*asdict(run).values(), *(_cell(figures.get(metric)) for metric in METRICS)])
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", newline="", encoding="utf-8") as file:
@@ -84,6 +87,10 @@ def append(path: str | os.PathLike[str], comparison: Comparison, dataset: Datase
         if header is not None and header != COLUMNS:
             raise ValueError(f"{path} has other columns than a results file of this version; name a new file")
         csv.writer(file, lineterminator="\n").writerows(lines if header else [COLUMNS, *lines])
+
+
+def _cell(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:.6f}"
 
 
 def data_hash(dataset: Dataset) -> str:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from nezha_vllm.catalogue import Catalogue
-from nezha_vllm.config import CONFIG_CLASSES
+from nezha_vllm.config import AUTOREGRESSIVE, CONFIG_CLASSES
 from nezha_vllm.folders import replacing
 from nezha_vllm.hf.backbones import tiny_shape
 from nezha_vllm.hf.checkpoint import grown_config, grown_weights, scratch_config
@@ -63,6 +63,11 @@ def starting_model(
             raise ValueError(f"--backbone {backbone} is a checkpoint of {stored.method}: leave --method {method} out")
         model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(backbone), saved_dtype
+    if method == AUTOREGRESSIVE and not stored.tie_word_embeddings:
+        raise ValueError(
+            f"--backbone {backbone}: --method {AUTOREGRESSIVE} reads the next token from the embeddings, but this "
+            "model's output layer is another; use a backbone with tied embeddings, such as Llama 3.2 1B or Qwen3 0.6B"
+        )
     config, tokenizer, first_new_token = grown_config(backbone, sizes)
     config.dtype, config.method = torch.float32, method or "nezha"
     model = MODEL_CLASSES[stored.model_type](config)
