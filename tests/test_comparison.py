@@ -77,7 +77,7 @@ def test_item_knn_keeps_the_nearest_neighbours_alone():
 
 def test_sasrec_learns_and_keeps_the_best_epoch(rings):
     split, lines = rings.leave_one_out(), []
-    model = SasRec(split.train, rings.item_ids, split.valid_target, SMALL, write=lines.append)
+    model = SasRec(split.train, rings.item_ids, split.train, split.valid_target, SMALL, write=lines.append)
     best = max(float(line.rsplit(" ", 1)[1]) for line in lines)
     found = ndcg(ranks_of(split.valid_target, model.recommend_all(split.train, 10)), 10)
     assert found == pytest.approx(best, abs=1e-4)
@@ -91,7 +91,10 @@ def test_sasrec_is_repeatable_and_leaves_the_random_state_alone(rings):
     torch.manual_seed(5)
     untouched = torch.rand(1)
     torch.manual_seed(5)
-    lists = [SasRec(split.train, ITEMS, split.valid_target, short).recommend_all(split.train[:4], 24) for _ in range(2)]
+    lists = [
+        SasRec(split.train, ITEMS, split.train, split.valid_target, short).recommend_all(split.train[:4], 24)
+        for _ in range(2)
+    ]
     assert torch.rand(1) == untouched
     assert lists[0] == lists[1]
 

@@ -30,7 +30,7 @@ class Viewer:
 
 def draw(folder: Path, count: int, seed: int, latest: int) -> list[Viewer]:
     """``count`` users of the demo's data set, drawn at random, with the ``latest`` items of their histories."""
-    split = Dataset.load(folder / "dataset").leave_one_out()
+    split = Dataset.load(folder / "dataset").split()
     histories = split.history("test")
     chosen = random.Random(seed).sample(range(len(split.users)), min(count, len(split.users)))
     return [Viewer(split.users[at], histories[at][-latest:], split.test_target[at]) for at in chosen]

@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     trainer = fit(
         model,
         catalogue,
-        dataset.leave_one_out(),
+        dataset.split(),
         options,
         run_folder,
         prefix=prefix_token_ids(tokenizer, model.config),

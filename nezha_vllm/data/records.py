@@ -31,9 +31,13 @@ class ItemRecord:
 
 
 class Reader(Protocol):
-    """Streams one data set. Broken lines are skipped and counted in ``broken``."""
+    """Streams one data set. Broken lines are skipped and counted in ``broken``.
+
+    ``clock``: whether the times of different users can be compared, known when ``interactions`` has been read.
+    """
 
     broken: BrokenLines
+    clock: bool
 
     def interactions(self) -> Iterator[Interaction]: ...
 

@@ -49,9 +49,14 @@ class InteractionLog:
         return cls(list(users), list(items), *numbers, np.array(time_N, np.float64))
 
 
-def core(log: InteractionLog, min_per_user: int = 0, min_per_item: int = 0) -> np.ndarray:
-    """Mask [N] of the largest set of interactions in which every user and every item has at least so many (k-core)."""
-    kept_N = np.ones(len(log.user_N), bool)
+def core(
+    log: InteractionLog, min_per_user: int = 0, min_per_item: int = 0, among_N: np.ndarray | None = None
+) -> np.ndarray:
+    """Mask [N] of the largest set of interactions in which every user and every item has at least so many (k-core).
+
+    ``among_N`` is a mask of those to choose from, by default all.
+    """
+    kept_N = np.ones(len(log.user_N), bool) if among_N is None else among_N
     while True:
         per_user = np.bincount(log.user_N[kept_N], minlength=len(log.user_ids))
         per_item = np.bincount(log.item_N[kept_N], minlength=len(log.item_ids))

@@ -77,7 +77,7 @@ def tokenize(
 
 
 def _catalogue(dataset: Dataset, codes: np.ndarray, codebook_sizes: Sequence[int]) -> Catalogue:
-    met = Counter(item for items in dataset.leave_one_out().train for item in items)
+    met = Counter(item for items in dataset.split().train for item in items)
     metadata = {
         f"item_{name}" if name in RESERVED_COLUMNS else name: dataset.items[name].to_pylist()
         for name in dataset.items.column_names

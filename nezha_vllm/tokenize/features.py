@@ -74,7 +74,7 @@ def item_features(dataset: Dataset, options: FeatureOptions) -> tuple[np.ndarray
         blocks["text"] = text_features.minilm(texts) if text == "minilm" else text_features.tfidf(texts)
     if options.cooccurrence_weight:
         number = {item_id: row for row, item_id in enumerate(dataset.item_ids)}
-        train = [[number[item] for item in items] for items in dataset.leave_one_out().train]
+        train = [[number[item] for item in items] for items in dataset.split().train]
         blocks["cooccurrence"] = cooccurrence.cooccurrence(
             train, len(number), window=options.window, dimensions=options.dimensions, seed=options.seed
         )

@@ -56,6 +56,7 @@ class Comparison:
     rows: dict[str, dict[str, float]]
     model: str = LABELS["nezha"]
     validity: str = "stepwise"
+    split_by: str = "leave-one-out"
     against: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     validities: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -65,7 +66,7 @@ class Comparison:
     def convention(self) -> str:
         history = "left out" if self.exclude_history else "kept in the ranking"
         return (
-            f"leave-one-out, {self.split}: {self.targets:,} users, all {self.items:,} items ranked, "
+            f"{self.split_by}, {self.split}: {self.targets:,} users, all {self.items:,} items ranked, "
             f"those of the history {history}; "
             f"{self.model}: last {self.max_history} items, beam width {self.beam_width}"
             + (", validity checked at the end" if self.validity == "final" else "")
@@ -106,9 +107,9 @@ def compare(
     unknown = [name for name in baselines if name not in BASELINES]
     if unknown:
         raise ValueError(f"no baseline {', '.join(unknown)}; there are {', '.join(BASELINES)}")
-    split = dataset.leave_one_out()
+    split = dataset.split()
     histories = split.history(part)
-    targets = split.valid_target if part == "valid" else split.test_target
+    targets = split.target(part)
     width = beam_width or (model.config.max_beam_width if exclude_history else model.config.beam_width)
     seen = [set(history) if exclude_history else set() for history in histories]
     # so deep that the largest cut-off is full when the history has gone
@@ -178,6 +179,7 @@ def compare(
         {name: figures(name) for name in ranks},
         name_of_model,
         decodings[-1][1],
+        "leave-one-out" if dataset.cuts is None else "split by time",
         {name: _against(ranks[name_of_model], found, seed) for name, found in ranks.items() if name != name_of_model},
         modes,
         seconds,
@@ -195,7 +197,8 @@ def _decodings(method: str, validity: str | None, default: str) -> list[tuple[st
 
 def _baseline(name: str, split: Split, dataset: Dataset, seed: int, write: Callable[[str], None]) -> Baseline:
     if name == "sasrec":
-        return SasRec(split.train, dataset.item_ids, split.valid_target, SasRecOptions(seed=seed), write=write)
+        held_out = split.valid_history, split.valid_target
+        return SasRec(split.train, dataset.item_ids, *held_out, SasRecOptions(seed=seed), write=write)
     kinds: dict[str, Any] = {"popularity": Popularity, "markov": Markov, "knn": ItemKnn}
     return kinds[name](split.train, dataset.item_ids)
 

@@ -54,9 +54,10 @@ def fit(
     model.label_smoothing = options.label_smoothing
 
     def validate() -> dict[str, float]:
-        ask = {"max_history": options.max_history, "prefix": prefix}
-        loss = target_loss(model, catalogue, split.train, split.valid_target, **ask)
-        ranks = model_ranks(model, catalogue, split.train, split.valid_target, beam_width=VALIDATION_BEAMS, **ask)
+        ask: dict[str, Any] = {"max_history": options.max_history, "prefix": prefix}
+        histories, targets = split.valid_history, split.valid_target
+        loss = target_loss(model, catalogue, histories, targets, **ask)
+        ranks = model_ranks(model, catalogue, histories, targets, beam_width=VALIDATION_BEAMS, **ask)
         return {"loss": loss, "ndcg@10": ndcg(ranks, 10)}
 
     trainer = NezhaTrainer(

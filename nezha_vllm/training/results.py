@@ -94,10 +94,12 @@ def _cell(figure: float | None) -> str:
 
 
 def data_hash(dataset: Dataset) -> str:
-    """Twelve hex digits of the sequences: equal if and only if users, items and their order are."""
+    """Twelve hex digits of the sequences: equal if and only if users, items, their order and a split by time are."""
     digest = hashlib.sha256()
     for user, items in zip(dataset.users, dataset.sequences, strict=True):
         digest.update(json.dumps([user, items]).encode())
+    if dataset.cuts is not None:
+        digest.update(json.dumps(dataset.cuts).encode())
     return digest.hexdigest()[:12]
 
 

@@ -74,7 +74,7 @@ class SasRec(Baseline):
     """Trained when made, on every next item of every sequence; keeps the weights that validated best.
 
     Args:
-        valid: the item after each of ``sequences``, see ``Split.valid_target``.
+        histories, valid: validation items, see ``Split``.
         write: gets one line an epoch.
     """
 
@@ -82,6 +82,7 @@ class SasRec(Baseline):
         self,
         sequences: Sequence[Sequence[str]],
         item_ids: Sequence[str],
+        histories: Sequence[Sequence[str]],
         valid: Sequence[str],
         options: SasRecOptions | None = None,
         device: torch.device | str | None = None,
@@ -94,7 +95,7 @@ class SasRec(Baseline):
         with torch.random.fork_rng():
             torch.manual_seed(self.options.seed)
             self.model = SasRecModel(len(self.item_ids), self.options).to(self.device)
-            self._train(sequences, valid, write)
+            self._train(sequences, histories, valid, write)
 
     @torch.no_grad()
     def recommend_all(self, histories: Sequence[Sequence[str]], n: int) -> list[list[str]]:
@@ -113,7 +114,13 @@ class SasRec(Baseline):
     def recommend(self, history: Sequence[str]) -> list[str]:
         return self.recommend_all([history], len(self.item_ids))[0]
 
-    def _train(self, sequences: Sequence[Sequence[str]], valid: Sequence[str], write: Callable[[str], None]) -> None:
+    def _train(
+        self,
+        sequences: Sequence[Sequence[str]],
+        histories: Sequence[Sequence[str]],
+        valid: Sequence[str],
+        write: Callable[[str], None],
+    ) -> None:
         options, width = self.options, self.options.max_history
         numbers = [self._numbers(items) for items in sequences]
         # pieces overlap by one item, so that every item but a sequence's first is a target once
@@ -133,7 +140,7 @@ class SasRec(Baseline):
                 loss.backward()
                 optimizer.step()
                 total += loss.detach()
-            found = ndcg(ranks_of(valid, self.recommend_all(sequences, 10)), 10)
+            found = ndcg(ranks_of(valid, self.recommend_all(histories, 10)), 10)
             write(
                 f"SASRec epoch {epoch}: training loss {float(total) / len(batches):.4f}  validation ndcg@10 {found:.4f}"
             )
