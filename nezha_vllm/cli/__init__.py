@@ -7,7 +7,19 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-VERBS = ("prepare", "tokenize", "train", "evaluate", "init", "catalogue", "serve", "recommend", "status", "demo")
+VERBS = (
+    "prepare",
+    "tokenize",
+    "train",
+    "evaluate",
+    "init",
+    "convert",
+    "catalogue",
+    "serve",
+    "recommend",
+    "status",
+    "demo",
+)
 
 
 class UserError(Exception):
