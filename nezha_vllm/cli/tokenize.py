@@ -1,10 +1,12 @@
-"""Give every item of a prepared data set a semantic ID, by residual k-means over its text and its company.
+"""Give every item of a prepared data set a semantic ID, by residual k-means or an RQ-VAE over its text and its company.
 
   nezha tokenize data/ml-100k --out data/ml-100k-catalogue
   nezha tokenize data/ml-100k --out data/small --codes 64,64,32 --text tfidf --cooccurrence-weight 2
+  nezha tokenize data/beauty --out data/beauty-rqvae --quantizer rqvae
+  nezha tokenize data/beauty --out data/beauty-letter --index Beauty.index.json --index-offset 1
 
 Writes the catalogue folder and, beside it, OUT-report.json. Items that share an ID are dealt the last level's codes
-anew, so that all differ, as far as the level sizes allow it.
+anew, so that all differ, as far as the level sizes allow it. IDs of an index file (LETTER's format) stay as they are.
 """
 
 from __future__ import annotations
@@ -21,10 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--levels", type=int, metavar="L", help="codes an item (default 3, or as many as --codes has)")
     parser.add_argument(
         "--codes",
-        default="256",
         metavar="T",
-        help="codebook size, or one a level: 256,256,128 (%(default)s)",
+        help="codebook size, or one a level: 256,256,128 (256; with --index the least that holds all codes)",
     )
+    parser.add_argument(
+        "--quantizer", choices=("kmeans", "rqvae"), default="kmeans", help="how IDs are found (%(default)s)"
+    )
+    parser.add_argument("--index", type=Path, metavar="FILE", help="take the IDs from it: JSON, item → <a_12> <b_7> …")
+    parser.add_argument("--index-offset", type=int, default=0, metavar="N", help="add N to the item IDs in --index")
     parser.add_argument(
         "--text",
         choices=("auto", "minilm", "tfidf", "none"),
@@ -48,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="PCA of all features to N numbers; 0: none (%(default)s)",
     )
-    parser.add_argument("--keep-shared", action="store_true", help="leave shared IDs as k-means made them")
-    parser.add_argument("--seed", type=int, default=0, help="seed of k-means and SVD (%(default)s)")
+    parser.add_argument("--keep-shared", action="store_true", help="leave shared IDs as they were made")
+    parser.add_argument("--seed", type=int, default=0, help="seed of k-means, RQ-VAE and SVD (%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,7 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     from nezha_vllm.tokenize import build, report
     from nezha_vllm.tokenize.features import FeatureOptions
 
-    sizes = codebook_sizes(arguments.codes, arguments.levels)
+    if arguments.index_offset and not arguments.index:
+        raise ValueError("--index-offset goes with --index")
+    sizes = codebook_sizes(arguments.codes or "256", arguments.levels)
     folders.check_replaceable(arguments.out, catalogue.MANIFEST)
     options = FeatureOptions(
         text=arguments.text,
@@ -72,7 +80,12 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     dataset = Dataset.load(arguments.dataset)
-    built = build.tokenize(dataset, sizes, options, resolve_shared=not arguments.keep_shared)
+    if arguments.index:
+        built = build.imported(dataset, sizes if arguments.codes else None, arguments.index, arguments.index_offset)
+    else:
+        built = build.tokenize(
+            dataset, sizes, options, resolve_shared=not arguments.keep_shared, quantizer=arguments.quantizer
+        )
     built.catalogue.save(arguments.out)
     path = build.report_path(arguments.out)
     folders.write_atomically(path, built.report_json())

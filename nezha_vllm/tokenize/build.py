@@ -1,7 +1,8 @@
-"""From a prepared data set to a catalogue: features, residual k-means, shared IDs, report."""
+"""From a prepared data set to a catalogue: features, quantisation, shared IDs, report; or from an index file."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -12,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import Progress
 
 from nezha_vllm.catalogue import RESERVED_COLUMNS, Catalogue
 from nezha_vllm.data.dataset import Dataset
 from nezha_vllm.data.progress import progress_bars
 from nezha_vllm.semantic_id import SemanticIdCodec
 from nezha_vllm.tokenize.features import FeatureOptions, item_features
+from nezha_vllm.tokenize.index_files import codes_by_item, read_index, smallest_sizes
 from nezha_vllm.tokenize.report import Report
-from nezha_vllm.tokenize.residual_kmeans import residual_kmeans
+from nezha_vllm.tokenize.residual_kmeans import Quantized, residual_kmeans
 from nezha_vllm.tokenize.shared_ids import resolve
+
+QUANTIZERS = ("kmeans", "rqvae")
 
 
 @dataclass(frozen=True)
@@ -44,26 +49,34 @@ def report_path(out: str | os.PathLike[str]) -> Path:
 
 
 def tokenize(
-    dataset: Dataset, codebook_sizes: Sequence[int], options: FeatureOptions, *, resolve_shared: bool = True
+    dataset: Dataset,
+    codebook_sizes: Sequence[int],
+    options: FeatureOptions,
+    *,
+    resolve_shared: bool = True,
+    quantizer: str = "kmeans",
 ) -> Tokenized:
     """Semantic IDs for every item of ``dataset``. Items on one ID rank by how often training users met them.
 
+    Args:
+        quantizer: one of ``QUANTIZERS``.
+
     Raises ``ValueError`` for sizes that span 2^63 IDs or more, or features that cannot be made.
     """
+    if quantizer not in QUANTIZERS:
+        raise ValueError(f"quantizer must be one of {QUANTIZERS}, got {quantizer!r}")
     SemanticIdCodec(codebook_sizes)
     started = time.perf_counter()
     features, described = item_features(dataset, options)
     with progress_bars() as progress:
-        bar = progress.add_task("residual k-means", total=len(codebook_sizes))
-        quantized = residual_kmeans(
-            features, codebook_sizes, seed=options.seed, on_level=lambda level: progress.advance(bar)
-        )
+        quantized = _quantized(features, codebook_sizes, options.seed, quantizer, progress)
         codes = quantized.codes
         if resolve_shared:
             codes = resolve(codes, quantized.last_level_cost)
     provenance = {
         "dataset": dataset.name,
         "features": described,
+        "quantizer": quantizer,
         "items_moved": int((codes != quantized.codes).any(axis=1).sum()),
         "share_of_variance_kept": round(quantized.variance_kept(features, codes), 4),
         "seconds": round(time.perf_counter() - started, 2),
@@ -74,6 +87,36 @@ def tokenize(
         Report.of(codes, codebook_sizes),
         provenance,
     )
+
+
+def imported(dataset: Dataset, codebook_sizes: Sequence[int] | None, index_file: Path, offset: int = 0) -> Tokenized:
+    """The semantic IDs of an index file, as they are, for every item of ``dataset``.
+
+    Args:
+        codebook_sizes: None for the least power of two that holds every code.
+        offset: added to the item IDs of the file.
+
+    Raises ``ValueError`` for a file that cannot be read, lacks items, or has codes beyond the sizes.
+    """
+    index_ids, index_codes = read_index(index_file, offset)
+    codes = codes_by_item(dataset.item_ids, index_ids, index_codes, index_file)
+    sizes = smallest_sizes(index_codes) if codebook_sizes is None else list(codebook_sizes)
+    SemanticIdCodec(sizes).check_codes(codes)
+    report = Report.of(codes, sizes)
+    digest = hashlib.sha256(index_file.read_bytes()).hexdigest()[:12]
+    provenance = {"dataset": dataset.name, "index": index_file.name, "index_sha256": digest, "index_offset": offset}
+    return Tokenized(_catalogue(dataset, codes, sizes), report, report, provenance)
+
+
+def _quantized(features: np.ndarray, sizes: Sequence[int], seed: int, quantizer: str, progress: Progress) -> Quantized:
+    if quantizer == "kmeans":
+        bar = progress.add_task("residual k-means", total=len(sizes))
+        return residual_kmeans(features, sizes, seed=seed, on_level=lambda level: progress.advance(bar))
+    from nezha_vllm.tokenize.rqvae import RqVaeOptions, rqvae
+
+    training = RqVaeOptions(seed=seed)
+    bar = progress.add_task("RQ-VAE", total=training.epochs)
+    return rqvae(features, sizes, training, on_epoch=lambda epoch: progress.advance(bar))
 
 
 def _catalogue(dataset: Dataset, codes: np.ndarray, codebook_sizes: Sequence[int]) -> Catalogue:
