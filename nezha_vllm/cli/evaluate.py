@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--intervals", action="store_true", help="show the differences with 95 %% intervals")
     parser.add_argument("--seed", type=int, default=0, help="of SASRec and the bootstrap (default %(default)s)")
     parser.add_argument("--results", metavar="FILE", help="add one line a method to this CSV")
+    parser.add_argument("--run", dest="run_name", default="", metavar="NAME", help="name of these lines in --results")
+    parser.add_argument("--ranks", metavar="FILE", help="write every user's rank by method, NumPy .npz, for intervals")
     parser.add_argument("--json", metavar="FILE", help="default CKPT-evaluation.json")
 
 
@@ -56,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nezha_vllm.cli.checks import check_checkpoint
     from nezha_vllm.folders import write_atomically
     from nezha_vllm.training.comparison import compare, differences, table, to_json
-    from nezha_vllm.training.results import append
+    from nezha_vllm.training.results import append, save_ranks
     from nezha_vllm.training.start import load_trained
 
     folder, progress = Path(arguments.checkpoint), Console(stderr=True)
@@ -84,8 +86,10 @@ def run(arguments: argparse.Namespace) -> int:
     Console().print(table(comparison))
     if arguments.intervals:
         Console().print(differences(comparison))
-    if arguments.results:
-        append(arguments.results, comparison, dataset)
     path = Path(arguments.json) if arguments.json else folder.absolute().with_name(f"{folder.name}-evaluation.json")
     write_atomically(path, to_json(comparison))
+    if arguments.ranks:
+        save_ranks(arguments.ranks, comparison)
+    if arguments.results:  # last: who sees the line finds everything else
+        append(arguments.results, comparison, dataset, arguments.run_name)
     return 0

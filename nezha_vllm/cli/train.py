@@ -82,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     dataset = Dataset.load(arguments.dataset)
 
     import shutil
+    import time
 
     from rich.console import Console
     from transformers.utils import logging
@@ -100,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{dataset.name}: {dataset.counts}; {parameters:,} parameters in {model.config.num_hidden_layers} layers of "
         f"{model.config.hidden_size}"
     )
+    started = time.perf_counter()
     run_folder = out.parent / f".{out.name}-training"
     trainer = fit(
         model,
@@ -110,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         prefix=prefix_token_ids(tokenizer, model.config),
     )
     if trainer.is_world_process_zero():
-        save_trained(out, model, tokenizer, catalogue, dtype, options)
+        save_trained(out, model, tokenizer, catalogue, dtype, options, round(time.perf_counter() - started, 1))
         shutil.rmtree(run_folder, ignore_errors=True)
         console.print(f"checkpoint -> {out}")
     return 0

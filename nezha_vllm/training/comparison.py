@@ -43,6 +43,7 @@ class Comparison:
 
     ``against``: baseline → metric → the model's figure minus the baseline's, as in ``significance.Difference``.
     ``seconds``: method → its training, if any is done here, and ranking. ``options``: method → its training options.
+    ``ranks``: method → rank of each user's item, from 0.
     """
 
     dataset: str
@@ -61,6 +62,7 @@ class Comparison:
     validities: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ranks: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def convention(self) -> str:
@@ -184,6 +186,7 @@ def compare(
         modes,
         seconds,
         trained,
+        ranks,
     )
 
 
@@ -253,4 +256,5 @@ def differences(comparison: Comparison) -> Table:
 
 
 def to_json(comparison: Comparison) -> str:
-    return json.dumps(asdict(comparison) | {"convention": comparison.convention}, indent=2) + "\n"
+    shown = {name: value for name, value in asdict(comparison).items() if name != "ranks"}
+    return json.dumps(shown | {"convention": comparison.convention}, indent=2) + "\n"

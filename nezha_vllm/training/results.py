@@ -11,7 +11,11 @@ import subprocess
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nezha_vllm.training.metrics import UNRANKED
 
 if TYPE_CHECKING:
     from nezha_vllm.data.dataset import Dataset
@@ -24,9 +28,11 @@ METRICS = ("hit@5", "hit@10", "ndcg@5", "ndcg@10", "hit@500", "valid")
 class Run:
     """What is known of a run beside its figures. ``seconds`` is the time of ``method`` in the evaluation.
 
-    ``validity`` is empty where there are no beams, and so are figures that a method lacks.
+    ``run`` is a name of the user's, such as a plan's. ``validity`` is empty where there are no beams, and figures are
+    where a method has none.
     """
 
+    run: str
     date: str
     commit: str
     dataset: str
@@ -49,8 +55,8 @@ class Run:
 COLUMNS = [*(field.name for field in fields(Run)), *METRICS]
 
 
-def append(path: str | os.PathLike[str], comparison: Comparison, dataset: Dataset) -> None:
-    """Add one line for each method of ``comparison``.
+def append(path: str | os.PathLike[str], comparison: Comparison, dataset: Dataset, name: str = "") -> None:
+    """Add one line for each method of ``comparison``, all under the run ``name``.
 
     Raises:
         ValueError: the file has other columns, so it is no results file or one of another version.
@@ -59,6 +65,7 @@ def append(path: str | os.PathLike[str], comparison: Comparison, dataset: Datase
     for method, figures in comparison.rows.items():
         settings = comparison.options.get(method, {})
         run = Run(
+            name,
             datetime.now(UTC).isoformat(timespec="seconds"),
             commit(),
             comparison.dataset,
@@ -87,6 +94,25 @@ def append(path: str | os.PathLike[str], comparison: Comparison, dataset: Datase
         if header is not None and header != COLUMNS:
             raise ValueError(f"{path} has other columns than a results file of this version; name a new file")
         csv.writer(file, lineterminator="\n").writerows(lines if header else [COLUMNS, *lines])
+
+
+def save_ranks(path: str | os.PathLike[str], comparison: Comparison) -> None:
+    """Every user's rank by method, int32, -1 for none: what paired intervals between runs are made of."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ranks: dict[str, Any] = {
+        name: np.where(found == UNRANKED, -1, found).astype(np.int32) for name, found in comparison.ranks.items()
+    }
+    scratch = path.with_name(f".{path.name}-{os.getpid()}")
+    with open(scratch, "wb") as file:
+        np.savez_compressed(file, **ranks)
+    scratch.replace(path)
+
+
+def load_ranks(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Method → ranks, as in ``Comparison``."""
+    with np.load(path) as stored:
+        return {name: np.where(stored[name] < 0, UNRANKED, stored[name].astype(np.int64)) for name in stored.files}
 
 
 def _cell(figure: float | None) -> str:

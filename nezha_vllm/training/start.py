@@ -85,14 +85,26 @@ def save_trained(
     catalogue: Catalogue,
     dtype: torch.dtype,
     options: TrainingOptions,
+    seconds: float | None = None,
 ) -> None:
-    """Write the checkpoint folder; it appears complete or not at all. ``training.json`` keeps the options."""
+    """Write the checkpoint folder; it appears complete or not at all.
+
+    ``training.json`` keeps the options, the model's method and shape, and the ``seconds`` that training took.
+    """
+    note = asdict(options) | {
+        "method": model.config.method,
+        "family": next(name for name, kind in CONFIG_CLASSES.items() if isinstance(model.config, kind)),
+        "hidden": model.config.hidden_size,
+        "layers": model.config.num_hidden_layers,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "train_seconds": seconds,
+    }
     with replacing(folder, "config.json") as scratch:
         weights: Any = model.to(dtype=dtype)  # type: ignore[call-arg]
         weights.save_pretrained(scratch, max_shard_size="1TB")
         tokenizer.save_pretrained(scratch)
         catalogue.save(scratch / model.config.catalogue)
-        (scratch / TRAINING_NOTE).write_text(json.dumps(asdict(options), indent=2) + "\n", encoding="utf-8")
+        (scratch / TRAINING_NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
 def load_trained(folder: Path) -> Trained:

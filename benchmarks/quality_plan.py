@@ -1,0 +1,164 @@
+"""A plan of quality runs, data set × model × method × seed, as jobs of ``nezha`` commands.
+
+Everything a row depends on, but for the commit, is hashed into the name of its run, and files lie under that name: a
+changed plan makes new runs beside the old ones, an unchanged one finds what it made.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PARTS_OF_A_RUN = 5  # data set, model, method, seed, hash
+METHODS = ("nezha", "nezha-1", "nezha-2", "nezha-3", "nezha-4", "mtp", "ar")
+TABLES = {"datasets": ("prepare", "tokenize", "train"), "models": ("train",)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One ``nezha`` command. Done is what left the file ``made``, or a line of ``run`` in the results file."""
+
+    words: list[str]
+    made: Path | None = None
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Steps in their order; jobs of one stage know nothing of each other."""
+
+    name: str
+    steps: list[Step]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``datasets`` and ``models``: name → arguments of each verb, ``{data}`` is the folder of the raw files."""
+
+    datasets: dict[str, dict[str, list[str]]]
+    models: dict[str, dict[str, list[str]]]
+    methods: list[str]
+    seeds: list[int]
+    train: list[str] = field(default_factory=list)
+    evaluate: list[str] = field(default_factory=list)
+    baselines: list[str] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Raises ``ValueError`` naming what is wrong."""
+        with path.open("rb") as file:
+            try:
+                raw = tomllib.load(file)
+                plan = cls(**raw)
+            except (tomllib.TOMLDecodeError, TypeError) as error:
+                raise ValueError(f"{path}: {error}") from None
+        unknown = [method for method in plan.methods if method not in METHODS]
+        if unknown or not plan.methods or not plan.seeds:
+            raise ValueError(
+                f"{path}: methods are some of {', '.join(METHODS)}, not {unknown}; and there must be seeds"
+            )
+        for table, verbs in TABLES.items():
+            for name, arguments in getattr(plan, table).items():
+                if strange := sorted(set(arguments) - set(verbs)):
+                    raise ValueError(f"{path}: {table}.{name} has {strange}, known are {list(verbs)}")
+        return plan
+
+
+@dataclass(frozen=True)
+class Places:
+    """``data``: raw files; ``work``: everything made; ``results``: the CSV."""
+
+    data: Path
+    work: Path
+    results: Path
+
+    def fill(self, words: list[str]) -> list[str]:
+        return [word.replace("{data}", str(self.data)) for word in words]
+
+
+def preparations(plan: Plan, places: Places) -> list[Job]:
+    """One job a data set: its sequences and its catalogue."""
+    jobs = []
+    for name in plan.datasets:
+        dataset, catalogue = _dataset(plan, places, name)
+        spec = plan.datasets[name]
+        prepare = ["prepare", *places.fill(spec["prepare"]), "--name", name, "--out", str(dataset)]
+        tokenize = ["tokenize", str(dataset), *places.fill(spec.get("tokenize", [])), "--out", str(catalogue)]
+        steps = [Step(prepare, dataset / "manifest.json"), Step(tokenize, catalogue / "manifest.json")]
+        jobs.append(Job(f"{name}: data", steps))
+    return jobs
+
+
+def runs(plan: Plan, places: Places) -> list[Job]:
+    """One job a model: its training and evaluation. NEZHA-4 is an evaluation of NEZHA's checkpoint.
+
+    All data sets come with the first seed, then all with the second: a plan that is stopped early still compares.
+    """
+    jobs = []
+    for seed in plan.seeds:
+        for dataset in plan.datasets:
+            for model in plan.models:
+                for method in plan.methods:
+                    if method != "nezha-4" or "nezha" not in plan.methods:
+                        jobs.append(_run(plan, places, dataset, model, method, seed))
+    return jobs
+
+
+def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed: int) -> Job:
+    folder, catalogue = _dataset(plan, places, dataset)
+    trained = "nezha" if method == "nezha-4" else method
+    options = [*plan.train, *plan.models[model].get("train", []), *plan.datasets[dataset].get("train", [])]
+    options += ["--method", trained, "--seed", str(seed)]
+    spec = [plan.datasets[dataset], options, plan.evaluate]
+    name = f"{dataset}/{model}/{trained}/{seed}/{_digest(spec)}"
+    checkpoint = places.work / "models" / name / "checkpoint"
+    steps = [
+        Step(["train", str(folder), str(catalogue), *options, "--out", str(checkpoint)], checkpoint / "config.json")
+    ]
+
+    def evaluate(run: str, *more: str) -> Step:
+        ranks = places.work / "ranks" / f"{run.replace('/', '-')}.npz"
+        where = ["--results", str(places.results), "--run", run, "--ranks", str(ranks), "--seed", str(seed)]
+        out = ["--json", str(checkpoint.parent / f"{run.split('/')[-1]}.json")]
+        return Step(["evaluate", str(checkpoint), str(folder), *plan.evaluate, *where, *out, *more], run=run)
+
+    if method != "nezha-4":
+        # baselines are measured with the first model, those without a seed of their own with the first seed
+        first = model == next(iter(plan.models)) and method == plan.methods[0]
+        wanted = [one for one in plan.baselines if first and (seed == plan.seeds[0] or one == "sasrec")]
+        run = f"{name}-{_digest(wanted)}" if wanted else name
+        steps.append(evaluate(run, "--baselines", *wanted))
+    if trained == "nezha" and "nezha-4" in plan.methods:
+        steps.append(evaluate(f"{name}-final", "--validity", "final", "--baselines"))
+    return Job(name, steps)
+
+
+def _dataset(plan: Plan, places: Places, name: str) -> tuple[Path, Path]:
+    """Folders of sequences and catalogue."""
+    spec = plan.datasets[name]
+    prepared, tokenized = _digest(spec["prepare"]), _digest([spec["prepare"], spec.get("tokenize", [])])
+    folder = places.work / "datasets"
+    return folder / f"{name}-{prepared}", folder / f"{name}-{tokenized}-catalogue"
+
+
+def _digest(spec: Any) -> str:
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def finished_runs(results: Path) -> set[str]:
+    """Names of the runs that have lines in the results file."""
+    if not results.is_file():
+        return set()
+    with results.open(newline="", encoding="utf-8") as file:
+        rows: list[Mapping[str, str]] = list(csv.DictReader(file))
+    return {row.get("run", "") for row in rows} - {""}
+
+
+def is_done(step: Step, finished: set[str]) -> bool:
+    return step.made.is_file() if step.made else step.run in finished

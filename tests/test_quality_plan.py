@@ -1,0 +1,174 @@
+"""The plan of quality runs: its commands work, what is done is not done again, time limits hold, tables are made."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
+from benchmarks import quality_tables
+from benchmarks.machine import ROOT
+from benchmarks.quality import Runner
+from benchmarks.quality_plan import Job, Places, Plan, Step, finished_runs, is_done, preparations, runs
+from nezha_vllm import cli
+
+PLAN = """
+methods = ["nezha", "nezha-4", "ar"]
+seeds = [0, 1]
+baselines = ["popularity", "sasrec"]
+train = ["--epochs", "1", "--max-history", "6"]
+evaluate = ["--beam-width", "20"]
+[models.tiny]
+train = ["--hidden", "32", "--layers", "1", "--heads", "1"]
+[datasets.ring]
+prepare = ["--table", "{data}/ring.csv", "--min-user", "3"]
+tokenize = ["--codes", "6", "--text", "none", "--components", "0"]
+"""
+
+
+@pytest.fixture
+def places(tmp_path):
+    rows = [f"u{user},i{(user * 7 + turn) % 30:02},{turn}" for user in range(40) for turn in range(8)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "ring.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    return Places(tmp_path / "data", tmp_path / "work", tmp_path / "quality.csv")
+
+
+def plan_of(tmp_path, text=PLAN):
+    (tmp_path / "plan.toml").write_text(text)
+    return Plan.load(tmp_path / "plan.toml")
+
+
+def test_a_plan_runs_from_raw_files_to_tables(places, tmp_path, capsys):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    plan = plan_of(tmp_path)
+    jobs = runs(plan, places)
+    assert [job.name.rsplit("/", 1)[0] for job in jobs] == [
+        f"ring/tiny/{m}/{s}" for s in (0, 1) for m in ("nezha", "ar")
+    ]
+    for job in [*preparations(plan, places), *jobs]:
+        for step in job.steps:
+            assert not is_done(step, finished_runs(places.results))
+            assert cli.main(step.words) == 0
+            assert is_done(step, finished_runs(places.results))
+    torch.set_num_threads(before)
+    with places.results.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    # popularity once, SASRec, NEZHA, NEZHA-4 and the language model's two decodings by seed
+    assert len(rows) == 1 + 2 * 5
+    assert all(json.loads(row["config"])["train_seconds"] > 0 for row in rows if row["validity"])
+    results = quality_tables.read(places.results)
+    text = quality_tables.make(results, places.work / "ranks")
+    lines = text.splitlines()
+    assert any(line.startswith("| NEZHA-4, no verification | tiny | 2 |") for line in lines)
+    ours = [one for one in results if one.method == "NEZHA"]
+    mean = sum(one.number("hit@10") for one in ours) / 2
+    assert any(line.startswith("| NEZHA | tiny | 2 |") and f"{mean:.4f}" in line for line in lines)
+    gap = next(line for line in lines if line.startswith("| popularity | tiny | 2 |"))
+    theirs = next(one for one in results if one.method == "popularity").number("hit@10")
+    assert f"{mean - theirs:+.4f} (" in gap
+    (tmp_path / "page.md").write_text("<!-- benchmarks:quality begin -->\nold\n<!-- benchmarks:quality end -->\n")
+    capsys.readouterr()
+    quality_tables.main(["--results", str(places.results), "--document", str(tmp_path / "page.md")])
+    assert "### ring" in (tmp_path / "page.md").read_text()
+    assert "old" not in (tmp_path / "page.md").read_text()
+    # another option makes other runs; what does not depend on it stays
+    changed = replace(plan, train=["--epochs", "2"])
+    assert not any(is_done(step, finished_runs(places.results)) for job in runs(changed, places) for step in job.steps)
+    assert all(is_done(step, set()) for job in preparations(changed, places) for step in job.steps)
+
+
+def shell(step):
+    return ["sh", "-c", step.words[0]]
+
+
+def job_of(places, name, script, made):
+    return Job(name, [Step([script.format(made=shlex.quote(str(made)))], made)])
+
+
+def runner(places, processes=2, seconds=20.0):
+    return Runner(places, processes, time.monotonic() + seconds, shell, lambda line: None)
+
+
+def test_jobs_share_the_machine_and_run_once(places, tmp_path):
+    script = "echo $$ >> {made}.starts; sleep 0.5; touch {made}"
+    jobs = [job_of(places, f"job {n}", script, tmp_path / f"made{n}") for n in range(4)]
+    started = time.monotonic()
+    assert runner(places, processes=4).run(jobs)
+    assert time.monotonic() - started < 4 * 0.5 + 0.5
+    assert runner(places).run(jobs)
+    assert all(len((tmp_path / f"made{n}.starts").read_text().split()) == 1 for n in range(4))
+
+
+def test_a_job_goes_on_at_the_step_it_lacks(places, tmp_path):
+    made = [tmp_path / "one", tmp_path / "two"]
+    job = Job("job", [Step([f"echo x >> {path}"], path) for path in made])
+    made[0].write_text("before\n")
+    assert runner(places).run([job])
+    assert [path.read_text() for path in made] == ["before\n", "x\n"]
+
+
+def test_failures_are_named_and_stop_no_other_job(places, tmp_path):
+    bad = job_of(places, "bad", "echo why; exit 3", tmp_path / "never")
+    idle = job_of(places, "idle", "true", tmp_path / "neither")
+    good = job_of(places, "good", "touch {made}", tmp_path / "made")
+    found = runner(places, processes=1)
+    assert found.run([bad, idle, good])
+    assert found.failed == ["bad", "idle"]
+    assert (tmp_path / "made").is_file()
+    assert (places.work / "logs" / "bad.log").read_text() == "why\n"
+
+
+def test_when_the_time_is_up_children_of_children_are_stopped(places, tmp_path):
+    script = "(sleep 1.5; touch {made}) & wait"
+    started = time.monotonic()
+    assert not runner(places, seconds=0.5).run([job_of(places, "long", script, tmp_path / "made")] * 3)
+    assert time.monotonic() - started < 1.4
+    time.sleep(1.6)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (('"ar"]', '"magic"]'), "not \\['magic'\\]"),
+        (("seeds = [0, 1]", "seeds = []"), "there must be seeds"),
+        (("[models.tiny]", "[models.tiny]\nlayers = 3"), "models.tiny has \\['layers'\\]"),
+        (("seeds =", "sedes ="), "sedes"),
+        (("methods = [", "methods = "), "plan.toml"),
+    ],
+)
+def test_a_wrong_plan_says_where(change, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        plan_of(tmp_path, PLAN.replace(*change))
+
+
+def test_the_repositorys_plan_has_commands_that_exist(places):
+    plan = Plan.load(ROOT / "benchmarks" / "plans" / "quality.toml")
+    parser = cli.build_parser()
+    jobs = [*preparations(plan, places), *runs(plan, places)]
+    assert len({job.name for job in jobs}) == len(jobs) == 5 + 5 * 3 * 6 * 3
+    for words in (step.words for job in jobs for step in job.steps):
+        parser.parse_args(words)
+        assert not any("{data}" in word for word in words)
+
+
+def test_ranks_come_back(tmp_path):
+    from nezha_vllm.training.comparison import Comparison
+    from nezha_vllm.training.metrics import UNRANKED
+    from nezha_vllm.training.results import load_ranks, save_ranks
+
+    ranks = {"NEZHA: b": np.array([0, UNRANKED, 499]), "language model, beam search": np.array([7])}
+    save_ranks(tmp_path / "deep" / "r.npz", Comparison("d", "test", 3, 9, False, 5, 9, "v", {}, ranks=ranks))
+    found = load_ranks(tmp_path / "deep" / "r.npz")
+    assert {name: values.tolist() for name, values in found.items()} == {n: v.tolist() for n, v in ranks.items()}
