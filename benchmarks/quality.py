@@ -11,6 +11,7 @@ processes are stopped; the same command later does the rest. Output of each comm
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import signal
 import subprocess
@@ -144,6 +145,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{job.name}: {done} of {len(job.steps)} steps")
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started is stopped
+    places.work.mkdir(parents=True, exist_ok=True)
+    lock = open(places.work / ".lock", "w")  # noqa: SIM115 — held to the end of the process
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        parser.error(f"another run is at work in {places.work}; wait for it, or name another folder")
     runner = Runner(places, arguments.processes, time.monotonic() + 60 * arguments.minutes)
     names = {job.name.split("/")[0] for job in jobs}
     data = [job for job in preparations(plan, places) if job.name.split(":")[0] in names]

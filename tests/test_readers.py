@@ -39,7 +39,8 @@ REVIEWS = [("u1", "B1", 100), ("u1", "B2", 50), ("u2", "B2", 70)]
 def amazon_2014(folder):
     reviews = [{"reviewerID": u, "asin": i, "overall": 5.0, "unixReviewTime": t} for u, i, t in REVIEWS]
     # metadata of 2014 are Python literals, not JSON
-    meta = ["{'asin': 'B1', 'title': 'Kid\\'s Soap', 'categories': [['Beauty', 'Bath'], ['Beauty']], 'brand': 'X'}"]
+    categories = "'categories': [['Beauty', 'Bath'], ['Beauty']]"
+    meta = [f"{{'asin': 'B1', 'title': 'Kid\\'s Soap', 'also': '\\d', {categories}, 'brand': 'X'}}"]
     return write_lines(folder / "reviews_Beauty.json.gz", reviews), write_lines(folder / "meta_Beauty.json.gz", meta)
 
 
@@ -159,6 +160,16 @@ def test_broken_rows_of_tables_are_named(tmp_path):
     reader = TableReader(tmp_path / "n.parquet", max_broken=1)
     assert len(list(reader.interactions())) == 1
     assert "n.parquet:2: no user_id" in reader.broken.examples[0]
+
+
+def test_a_quote_that_is_not_closed_counts_for_all_it_takes_along(tmp_path):
+    rows = [f"u,i{row},{row}" for row in range(40)]
+    rows[30] = 'u,"i30,30'
+    path = write_lines(tmp_path / "log.csv", ["user_id,item_id,timestamp", *rows])
+    reader = TableReader(path, max_broken=1)
+    assert len(list(reader.interactions())) == 30
+    assert reader.broken.skipped == 10
+    assert "log.csv:32: no CSV" in reader.broken.examples[0]
 
 
 def test_times_are_seconds():

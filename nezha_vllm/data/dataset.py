@@ -126,10 +126,11 @@ class Dataset:
         long = [(user, items) for user, items in zip(self.users, self.sequences, strict=True) if len(items) >= 3]
         if not long:
             raise ValueError(f"data set {self.name}: no user has three items, so nothing can be held out")
+        train = [items[:-2] for _, items in long]
         return Split(
             [user for user, _ in long],
-            [items[:-2] for _, items in long],
-            [items[:-2] for _, items in long],
+            train,
+            train,
             [items[-2] for _, items in long],
             [items[:-1] for _, items in long],
             [items[-1] for _, items in long],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ def read_objects(path: Path, broken: BrokenLines) -> Iterator[tuple[int, dict[st
             row = json.loads(line)
         except json.JSONDecodeError as error:
             try:
-                row = ast.literal_eval(line)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", SyntaxWarning)  # "\\d" in a title
+                    row = ast.literal_eval(line)
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 broken.skip(path, number, f"no JSON: {error}")
                 continue

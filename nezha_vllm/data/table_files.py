@@ -67,10 +67,13 @@ def _csv_rows(path: Path, broken: BrokenLines, wanted: Sequence[str] | None) -> 
     reader = csv.reader(lines(), delimiter=SEPARATORS[suffix], strict=True)
     header: list[str] | None = None
     while True:
+        before = at
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            broken.skip(path, at, f"no CSV: {error}")
+            # a quote that is not closed takes many lines with it
+            broken.skipped += max(0, at - before - 1)
+            broken.skip(path, before + 1, f"no CSV: {error}")
             continue
         if cells is None:
             return
@@ -78,6 +81,7 @@ def _csv_rows(path: Path, broken: BrokenLines, wanted: Sequence[str] | None) -> 
             header = [cell.strip() for cell in cells]
             _check(path, header, wanted)
         elif len(cells) != len(header):
+            broken.skipped += max(0, at - before - 1)
             broken.skip(path, at, f"{len(cells)} columns instead of {len(header)}")
         else:
             yield at, {name: cell.strip() or None for name, cell in zip(header, cells, strict=True)}
