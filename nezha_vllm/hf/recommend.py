@@ -13,7 +13,7 @@ from nezha_vllm.beam import BeamSearch
 from nezha_vllm.config import AUTOREGRESSIVE, VALIDITY_MODES
 from nezha_vllm.draft_head import Beams
 from nezha_vllm.hf.language_model import language_model_beam_search
-from nezha_vllm.hf.prompt import prompt_token_ids
+from nezha_vllm.hf.prompt import history_prompts
 from nezha_vllm.sharing import ranked_rows
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def search(
     validity = config.validity if validity is None else validity
     if validity not in VALIDITY_MODES:
         raise ValueError(f"validity is {validity!r}, must be one of {VALIDITY_MODES}")
-    prompts = [prompt_token_ids(config, [catalogue.codes_of(item) for item in items], prefix) for items in histories]
+    prompts = history_prompts(config, catalogue, histories, prefix)
     input_ids, attention_mask = pad_left(prompts, model.device)
     keys_M, stepwise = torch.from_numpy(catalogue.keys.copy()).to(model.device), validity == "stepwise"
     if config.method == AUTOREGRESSIVE:

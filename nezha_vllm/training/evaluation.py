@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from nezha_vllm.config import AUTOREGRESSIVE
-from nezha_vllm.hf.prompt import code_token_ids, prompt_token_ids
+from nezha_vllm.hf.prompt import code_token_ids, history_prompts
 from nezha_vllm.hf.recommend import item_ids, pad_left, search
 from nezha_vllm.training.metrics import CUTOFFS, ranks_of
 
@@ -59,11 +59,12 @@ def ranked(
     beam_width: int | None = None,
     validity: str | None = None,
     prefix: Sequence[int] = (),
-    batch_size: int = 64,
+    batch_size: int | None = None,
     track: Track = iter,
 ) -> Ranked:
     """The n best items for the last ``max_history`` items of each history."""
     model.eval()
+    batch_size = batch_size or (512 if model.device.type == "cuda" else 64)
     found: list[list[str]] = []
     drafted = valid = 0
     for start in track(range(0, len(histories), batch_size)):
@@ -103,11 +104,8 @@ def target_loss(
     total = 0.0
     for start in range(0, len(targets), batch_size):
         part = slice(start, start + batch_size)
-        prompts = [
-            prompt_token_ids(config, [catalogue.codes_of(item) for item in items[-max_history:]], prefix)
-            for items in histories[part]
-        ]
-        labels_NL = torch.tensor([catalogue.codes_of(item) for item in targets[part]], device=model.device)
+        prompts = history_prompts(config, catalogue, [items[-max_history:] for items in histories[part]], prefix)
+        labels_NL = torch.from_numpy(catalogue.codes[catalogue.rows(targets[part])]).long().to(model.device)
         if config.method == AUTOREGRESSIVE:
             forced_NL = code_token_ids(config, labels_NL.cpu())
             prompts = [[*prompt, *codes[:-1]] for prompt, codes in zip(prompts, forced_NL.tolist(), strict=True)]
