@@ -76,3 +76,32 @@ def test_bfloat16_stays_close_to_the_reference(checkpoint: Path, prompts: list[s
         for output, ranking in zip(outputs, expected, strict=True)
     ]
     assert sum(shared) / len(shared) > 0.9
+
+
+def test_an_evaluation_over_http_gives_the_ranks_of_the_reference(
+    server: str, histories: list[list[str]], checkpoint: Path
+) -> None:
+    import pyarrow as pa
+
+    from nezha_vllm.data.dataset import Dataset
+    from nezha_vllm.training.comparison import compare
+    from nezha_vllm.training.served import Server
+    from nezha_vllm.training.start import load_trained
+
+    ours = load_trained(checkpoint)
+    ids = ours.catalogue.items["item_id"].to_pylist()
+    found = ours.model.recommend([items[-10:] for items in histories], 20, catalogue=ours.catalogue)
+    # a held-out item that is somewhere among the twenty best
+    sequences = [
+        ["item-1", *items[:-1], items[-1], answer[user % 20].item_id]
+        for user, (items, answer) in enumerate(zip(histories, found, strict=True))
+    ]
+    items = pa.table(dict.fromkeys(("item_id", "title", "text"), ids))
+    dataset = Dataset("films", [f"u{user}" for user in range(USERS)], sequences, items)
+    ask = {"part": "test", "max_history": 10, "beam_width": 50, "baselines": []}
+    result = compare(ours.model, ours.catalogue, dataset, server=Server(server, clients=4), **ask)
+    assert result.ranks["NEZHA over HTTP"].tolist() == result.ranks["NEZHA"].tolist()
+    assert result.rows["NEZHA"]["hit@10"] > 0.3
+    assert 0 < result.latency["NEZHA over HTTP"]["p50_ms"] <= result.latency["NEZHA over HTTP"]["p99_ms"]
+    with pytest.raises(ValueError, match="no server answers at http://127"):
+        compare(ours.model, ours.catalogue, dataset, server=Server("http://127.0.0.1:9"), **ask)

@@ -3,6 +3,7 @@
     nezha evaluate nezha-ml-100k data/ml-100k
     nezha evaluate nezha-ml-100k data/ml-100k --split valid --exclude-history
     nezha evaluate nezha-ml-100k data/ml-100k --baselines markov knn sasrec --intervals --results runs.csv
+    nezha evaluate my-nezha data/mine --url http://127.0.0.1:8000 --clients 8
     nezha evaluate my-nezha data/mine --against my-ar my-mtp my-nezha-1 --beam-width 512 --intervals
 
 Leave-one-out, full ranking: every method ranks all items of the catalogue, and one held-out item a user counts.
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against", nargs="+", default=[], metavar="CKPT", help="further checkpoints, of other methods or seeds"
     )
+    parser.add_argument("--url", metavar="URL", help="of a server of this checkpoint, asked the same as one more row")
+    parser.add_argument("--clients", type=int, default=1, metavar="N", help="requests at a time, --url (%(default)s)")
     parser.add_argument("--intervals", action="store_true", help="show the differences with 95 %% intervals")
     parser.add_argument("--seed", type=int, default=0, help="of SASRec and the bootstrap (default %(default)s)")
     parser.add_argument("--results", metavar="FILE", help="add one line a method to this CSV")
@@ -59,8 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
     from nezha_vllm.folders import write_atomically
     from nezha_vllm.training.comparison import compare, differences, table, to_json
     from nezha_vllm.training.results import append, save_ranks
+    from nezha_vllm.training.served import Server
     from nezha_vllm.training.start import load_trained
 
+    if arguments.clients < 1:
+        raise ValueError(f"--clients must be at least 1, got {arguments.clients}")
     folder, progress = Path(arguments.checkpoint), Console(stderr=True)
     for checkpoint in (folder, *arguments.against):
         check_checkpoint(checkpoint)
@@ -78,12 +84,16 @@ def run(arguments: argparse.Namespace) -> int:
         prefix=ours.prefix,
         options=ours.options,
         others=[load_trained(Path(other)) for other in arguments.against],
+        server=Server(arguments.url, arguments.clients) if arguments.url else None,
         baselines=arguments.baselines,
         seed=arguments.seed,
         track=lambda steps: track(steps, "ranking", console=progress, total=len(steps)),
         write=lambda line: progress.print(line, highlight=False),
     )
     Console().print(table(comparison))
+    for row, found in comparison.latency.items():
+        text = f"{row}: p50 {found['p50_ms']:.1f} ms, p99 {found['p99_ms']:.1f} ms, {found['clients']} at a time"
+        Console().print(text, highlight=False)
     if arguments.intervals:
         Console().print(differences(comparison))
     path = Path(arguments.json) if arguments.json else folder.absolute().with_name(f"{folder.name}-evaluation.json")

@@ -15,6 +15,7 @@ from nezha_vllm.training.baselines import Baseline, ItemKnn, Markov, Popularity
 from nezha_vllm.training.evaluation import Track, Trained, ranked
 from nezha_vllm.training.metrics import CUTOFFS, DEEP_CUTOFF, gains, hit, hits, ranks_of, summary
 from nezha_vllm.training.sasrec import SasRec, SasRecOptions
+from nezha_vllm.training.served import Server, served_items
 from nezha_vllm.training.significance import paired_bootstrap
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Comparison:
 
     ``against``: baseline → metric → the model's figure minus the baseline's, as in ``significance.Difference``.
     ``seconds``: method → its training, if any is done here, and ranking. ``options``: method → its training options.
-    ``ranks``: method → rank of each user's item, from 0.
+    ``latency``: of a row asked over HTTP, in milliseconds. ``ranks``: method → rank of each user's item, from 0.
     """
 
     dataset: str
@@ -62,6 +63,7 @@ class Comparison:
     validities: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    latency: dict[str, dict[str, float]] = field(default_factory=dict)
     ranks: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -89,6 +91,7 @@ def compare(
     prefix: Sequence[int] = (),
     baselines: Sequence[str] = ("popularity", "markov"),
     others: Sequence[Trained] = (),
+    server: Server | None = None,
     seed: int = 0,
     track: Track = iter,
     write: Callable[[str], None] = lambda line: None,
@@ -100,6 +103,7 @@ def compare(
         baselines: keys of ``BASELINES``, in the order of the rows.
         others: further checkpoints, asked with the same beam width, each with its own history and validity. A language
             model has two rows, decoded freely and within the catalogue's prefixes.
+        server: serves the model, and is asked the same as one more row.
         seed: of SASRec and of the bootstrap.
         write: gets a line an epoch of SASRec.
 
@@ -160,6 +164,18 @@ def compare(
         for label, other_mode in _decodings(other.model.config.method, None, other.model.config.validity):
             taken = label in ranks or label in dict(decodings)
             measure_beams(f"{label}: {other.name}" if taken else label, other, other_mode)
+    latency = {}
+    if server is not None:
+        over_http = f"{name_of_model} over HTTP"
+        ask_server = {"max_history": max_history, "validity": mode, "catalogue_version": catalogue.version, **common}
+
+        def ask_all() -> list[list[str]]:
+            found = served_items(server, histories, **ask_server)
+            latency[over_http] = found.latency() | {"clients": server.clients}
+            return found.items
+
+        trained[over_http], modes[over_http] = dict(options or {}), mode
+        measure(over_http, ask_all)
     own = Trained("", model, catalogue, max_history, prefix, options or {})
     for label, own_mode in decodings:
         measure_beams(label, own, own_mode)
@@ -186,6 +202,7 @@ def compare(
         modes,
         seconds,
         trained,
+        latency,
         ranks,
     )
 
