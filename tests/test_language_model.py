@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nezha_vllm.ablations import FREE_LABEL, LABELS
 from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.engine.settings import ServerSettings
 from nezha_vllm.hf import language_model
 from nezha_vllm.hf.backbones import tiny_shape
 from nezha_vllm.hf.checkpoint import scratch_config
 from nezha_vllm.hf.modeling import MODEL_CLASSES
 from nezha_vllm.hf.prompt import code_token_ids, prompt_token_ids
 from nezha_vllm.hf.recommend import search
+from nezha_vllm.hf.tokenizer import byte_tokenizer
 from nezha_vllm.training.comparison import compare, table
 from nezha_vllm.training.evaluation import target_loss
 from nezha_vllm.training.packing import IGNORED, PackedCollator
 from nezha_vllm.training.results import COLUMNS, append
+from nezha_vllm.training.start import starting_model
 
 SIZES = (5, 4, 6)
 
@@ -178,3 +184,22 @@ def test_a_comparison_shows_both_ways_of_decoding(tmp_path):
     alone = compare(model, catalogue, dataset, part="test", max_history=5, beam_width=8, baselines=[], validity="final")
     assert list(alone.rows) == [FREE_LABEL]
     assert alone.rows[FREE_LABEL] == free
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_it_grows_from_a_local_backbone_with_tied_embeddings(tied, tmp_path):
+    tokenizer = byte_tokenizer()
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=tied, **shape)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    catalogue = catalogue_of(SIZES, 40)
+    if not tied:
+        with pytest.raises(ValueError, match="use a backbone with tied embeddings"):
+            starting_model(str(tmp_path), catalogue, None, 0, "ar")
+        return
+    model, _, _ = starting_model(str(tmp_path), catalogue, None, 0, "ar")
+    assert len(model.recommend([["i1"]], 5, catalogue=catalogue)[0]) == 5
+    model_config = SimpleNamespace(hf_config=model.config)
+    with pytest.raises(ValueError, match="method is 'ar'"):
+        ServerSettings.from_vllm(SimpleNamespace(model_config=model_config, additional_config=None))
