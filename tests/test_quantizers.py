@@ -11,6 +11,7 @@ from test_tokenize import run_tokenize, small_dataset
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.data.dataset import Dataset
 from nezha_vllm.tokenize.index_files import read_index
+from nezha_vllm.tokenize.report import neighbour_prefixes
 from nezha_vllm.tokenize.rqvae import RqVaeOptions, rqvae
 
 
@@ -97,3 +98,28 @@ def test_index_files_that_cannot_be_read_say_why(content, said, tmp_path):
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(ValueError, match=said):
         read_index(tmp_path / "index.json")
+
+
+def test_neighbours_share_the_prefixes_that_they_share():
+    rng = np.random.default_rng(0)
+    points = np.arange(60)[:, None] + rng.normal(size=(60, 1)) / 10
+    codes = np.stack([np.arange(60) // 20, np.arange(60) // 5 % 4, rng.integers(0, 3, 60)], axis=1)
+    expected = np.zeros(3)
+    for row in range(60):
+        other = min((at for at in range(60) if at != row), key=lambda at: abs(points[at, 0] - points[row, 0]))
+        for level in range(3):
+            expected[level] += (codes[row, : level + 1] == codes[other, : level + 1]).all() / 60
+    assert neighbour_prefixes(points, codes) == pytest.approx(expected, abs=1e-4)
+    # two items at one place are each other's nearest
+    assert neighbour_prefixes(np.zeros((2, 3)), np.array([[1, 2], [1, 3]])) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_the_report_has_a_picture(ending, tmp_path):
+    small_dataset().save(tmp_path / "data")
+    words = ["--codes", "4", "--text", "tfidf", "--picture", tmp_path / f"deep/report.{ending}"]
+    assert run_tokenize(tmp_path / "data", "--out", tmp_path / "catalogue", *words) == 0
+    assert (tmp_path / f"deep/report.{ending}").stat().st_size > 5_000
+    written = json.loads((tmp_path / "catalogue-report.json").read_text())
+    assert len(written["neighbour_prefixes"]) == 3
+    assert sum(int(size) * count for size, count in written["group_sizes"].items()) == 40

@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="PCA of all features to N numbers; 0: none (%(default)s)",
     )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the report: .svg, .png or .pdf; matplotlib")
     parser.add_argument("--keep-shared", action="store_true", help="leave shared IDs as they were made")
     parser.add_argument("--seed", type=int, default=0, help="seed of k-means, RQ-VAE and SVD (%(default)s)")
 
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from nezha_vllm import catalogue, folders
     from nezha_vllm.data.dataset import Dataset
-    from nezha_vllm.tokenize import build, report
+    from nezha_vllm.tokenize import build, picture, report
     from nezha_vllm.tokenize.features import FeatureOptions
 
     if arguments.index_offset and not arguments.index:
@@ -91,7 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
     folders.write_atomically(path, built.report_json())
 
     console = Console()
-    console.print(report.table(built.nearest, built.resolved))
+    neighbours = built.provenance.get("neighbour_prefixes", [])
+    console.print(report.table(built.nearest, built.resolved, neighbours))
+    if arguments.picture:
+        picture.draw(arguments.picture, built.catalogue.codes, built.resolved, neighbours)
     console.print(f"catalogue {built.catalogue.version} -> {arguments.out}, report -> {path}", soft_wrap=True)
     return 0
 

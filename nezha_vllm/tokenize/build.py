@@ -21,7 +21,7 @@ from nezha_vllm.data.progress import progress_bars
 from nezha_vllm.semantic_id import SemanticIdCodec
 from nezha_vllm.tokenize.features import FeatureOptions, item_features
 from nezha_vllm.tokenize.index_files import codes_by_item, read_index, smallest_sizes
-from nezha_vllm.tokenize.report import Report
+from nezha_vllm.tokenize.report import Report, neighbour_prefixes
 from nezha_vllm.tokenize.residual_kmeans import Quantized, residual_kmeans
 from nezha_vllm.tokenize.shared_ids import resolve
 
@@ -79,6 +79,7 @@ def tokenize(
         "quantizer": quantizer,
         "items_moved": int((codes != quantized.codes).any(axis=1).sum()),
         "share_of_variance_kept": round(quantized.variance_kept(features, codes), 4),
+        "neighbour_prefixes": neighbour_prefixes(features, codes, options.seed),
         "seconds": round(time.perf_counter() - started, 2),
     }
     return Tokenized(

@@ -11,6 +11,8 @@ import numpy as np
 if TYPE_CHECKING:
     from rich.table import Table
 
+NEIGHBOUR_SAMPLE = 5_000
+
 
 @dataclass(frozen=True)
 class Report:
@@ -19,6 +21,7 @@ class Report:
     Attributes:
         unique_share: share of the items that are alone on their ID.
         largest_group: most items on one ID.
+        group_sizes: number of items on an ID → number of such IDs.
         codes_used: per level, how many codes some item has.
     """
 
@@ -28,6 +31,7 @@ class Report:
     unique_share: float
     items_sharing: int
     largest_group: int
+    group_sizes: dict[int, int]
     codes_used: list[int]
 
     @classmethod
@@ -42,6 +46,9 @@ class Report:
             unique_share=alone / len(codes),
             items_sharing=len(codes) - alone,
             largest_group=int(sizes.max()),
+            group_sizes={
+                int(size): int(count) for size, count in zip(*np.unique(sizes, return_counts=True), strict=True)
+            },
             codes_used=[len(np.unique(column)) for column in codes.T],
         )
 
@@ -49,8 +56,27 @@ class Report:
         return asdict(self)
 
 
-def table(before: Report, after: Report) -> Table:
-    """Report of the nearest codes beside that after resolution."""
+def neighbour_prefixes(features: np.ndarray, codes: np.ndarray, seed: int = 0) -> list[float]:
+    """Per level l, the share of items whose nearest item in feature space has the same first l codes.
+
+    Of more than ``NEIGHBOUR_SAMPLE`` items so many are drawn; their nearest are sought among all.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    if len(features) < 2:
+        return [0.0] * codes.shape[1]
+    rows = np.arange(len(features))
+    if len(rows) > NEIGHBOUR_SAMPLE:
+        rows = np.random.default_rng(seed).choice(rows, NEIGHBOUR_SAMPLE, replace=False)
+    found = NearestNeighbors(n_neighbors=2).fit(features).kneighbors(features[rows], return_distance=False)
+    # an item is its own nearest, unless another lies at the same place
+    nearest = np.where(found[:, 0] == rows, found[:, 1], found[:, 0])
+    same = np.logical_and.accumulate(codes[nearest] == codes[rows], axis=1)
+    return [round(float(share), 4) for share in same.mean(axis=0)]
+
+
+def table(before: Report, after: Report, neighbours: Sequence[float] = ()) -> Table:
+    """Report of the nearest codes beside that after resolution; ``neighbours`` as in ``neighbour_prefixes``."""
     from rich.table import Table
 
     shown = Table(title=f"Semantic IDs of {after.items:,} items")
@@ -65,4 +91,6 @@ def table(before: Report, after: Report) -> Table:
     for level, size in enumerate(after.codebook_sizes):
         used = [f"{report.codes_used[level]:,} of {size:,}" for report in (before, after)]
         shown.add_row(f"codes used, level {level + 1}", *used)
+    for level, share in enumerate(neighbours):
+        shown.add_row(f"nearest item shares {level + 1} code{'s' * (level > 0)}", "", f"{share:.2%}")
     return shown
