@@ -11,13 +11,14 @@ DONE := $(VENV)/.done
 LOGS := build/logs
 PIP := $(BIN)/python -m pip install --no-input --no-compile
 
-.PHONY: help demo serve test test-gpu lint install clean
+.PHONY: help demo serve test test-gpu test-ray lint install clean
 
 help:
 	@echo "make demo      MovieLens 100K: build semantic IDs, train, evaluate, serve, recommend"
 	@echo "make serve     leave the demo's server up on port $(PORT) (PORT=… for another)"
 	@echo "make test      all CPU tests"
 	@echo "make test-gpu  the tests that need an NVIDIA GPU"
+	@echo "make test-ray  the tests that start Ray clusters on this machine"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove the demo's results; the virtual environment stays"
 
@@ -29,10 +30,13 @@ serve: install
 	@exec $(BIN)/nezha serve $(DEMO)/checkpoint --port $(PORT)
 
 test: install $(DONE)/dev
-	@$(BIN)/pytest -m "not gpu"
+	@$(BIN)/pytest -m "not gpu and not ray"
 
 test-gpu: install $(DONE)/dev
 	@$(BIN)/pytest -m gpu -s
+
+test-ray: install $(DONE)/ray
+	@$(BIN)/pytest -m ray
 
 # Type checking reads installed libraries, so lint stands on the same environment as the tests.
 lint: install $(DONE)/dev
@@ -72,4 +76,8 @@ $(DONE)/bytecode: $(DONE)/project
 
 $(DONE)/dev: setup.py $(DONE)/project
 	@.ci/step "test tools" $(LOGS)/dev.log $(PIP) --editable ".[train,client,dev]"
+	@touch $@
+
+$(DONE)/ray: setup.py $(DONE)/dev
+	@.ci/step "Ray" $(LOGS)/ray.log $(PIP) --editable ".[ray]"
 	@touch $@

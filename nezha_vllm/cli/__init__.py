@@ -17,6 +17,7 @@ VERBS = (
     "catalogue",
     "serve",
     "recommend",
+    "batch",
     "status",
     "demo",
 )
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nezha",
         description="NEZHA generative recommendation on vLLM: interaction logs in, ranked catalogue items out.",
-        epilog="The verbs in the order of use: prepare, tokenize, train, evaluate, serve, recommend. "
+        epilog="The verbs in the order of use: prepare, tokenize, train, evaluate, serve, recommend, batch. "
         "`nezha VERB --help` explains each.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
