@@ -35,11 +35,12 @@ setup(
         "train": ["accelerate>=1.1", "scikit-learn>=1.4", "scipy>=1.11"],
         "client": ["openai>=1.50"],
         "ray": ["ray[data,serve]>=2.50"],
-        "plan": ["simpy>=4"],
+        "plan": ["scipy>=1.11", "simpy>=4"],
         "bench": ["aiohttp", "matplotlib>=3.8", "pandas>=2"],
         "dev": [
             *("hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6"),
             *("matplotlib>=3.8", "pandas>=2"),  # tests of benchmarks/
+            *("scipy>=1.11", "simpy>=4"),  # tests of `nezha plan`
             "triton==3.6.0; platform_system == 'Linux'",  # the kernels' tests run in its interpreter
         ],
     },

@@ -18,6 +18,7 @@ VERBS = (
     "serve",
     "recommend",
     "batch",
+    "plan",
     "status",
     "demo",
 )
@@ -32,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nezha",
         description="NEZHA generative recommendation on vLLM: interaction logs in, ranked catalogue items out.",
-        epilog="The verbs in the order of use: prepare, tokenize, train, evaluate, serve, recommend, batch. "
+        epilog="The verbs in the order of use: prepare, tokenize, train, evaluate, serve, recommend, batch, plan. "
         "`nezha VERB --help` explains each.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

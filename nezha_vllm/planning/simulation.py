@@ -1,0 +1,133 @@
+"""One server as a queueing model: API processes in front of an engine that answers whatever waits in one step.
+
+Times are milliseconds. A step takes ``step_ms`` and ``request_ms`` for each request in it; requests that arrive
+meanwhile wait for the next one. An API process is one core: it works on a request before the engine and after it, one
+thing at a time. Which API process gets an arrival is chance, as it is with connections that are opened at random.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+BEFORE = 0.4  # share of an API process's work that comes before the engine
+
+
+@dataclass(frozen=True)
+class ServerModel:
+    """``rest_ms`` is what no process of the server works on: the network, the client, waking up."""
+
+    step_ms: float
+    request_ms: float
+    api_ms: float
+    rest_ms: float
+    max_requests: int
+    api_processes: int
+
+    def most_requests_per_s(self) -> float:
+        """Requests/s above which a queue grows without end."""
+        step = self.step_ms / self.max_requests + self.request_ms
+        return 1000 / max(step, self.api_ms / self.api_processes)
+
+
+class _Server:
+    """Arrivals in, latencies out. ``more_ms`` is what a request adds to its step beyond ``request_ms``.
+
+    ``answered`` hears, when a request's step ends, of its API process, the time until the client has the answer, and
+    the latency that will then have been.
+    """
+
+    def __init__(self, environment: Any, model: ServerModel, answered: Callable[[int, float, float], None]) -> None:
+        self.environment, self.model, self.answered = environment, model, answered
+        self.waiting: deque[tuple[float, int, float]] = deque()
+        self.free_at = [0.0] * model.api_processes
+        self.work = environment.event()
+        environment.process(self._engine())
+
+    def receive(self, process: int, more_ms: float = 0.0) -> None:
+        started = self.environment.now
+        self.after(self._occupy(process, BEFORE), lambda: self._wait((started, process, more_ms)))
+
+    def after(self, delay: float, action: Callable[[], None]) -> None:
+        self.environment.timeout(delay).callbacks.append(lambda event: action())
+
+    def _occupy(self, process: int, share: float) -> float:
+        """Time from now until an API process has done its part of a request."""
+        now = self.environment.now
+        self.free_at[process] = max(self.free_at[process], now) + share * self.model.api_ms
+        return self.free_at[process] - now
+
+    def _wait(self, request: tuple[float, int, float]) -> None:
+        self.waiting.append(request)
+        if not self.work.triggered:
+            self.work.succeed()
+
+    def _engine(self) -> Generator[Any, Any, None]:
+        model = self.model
+        while True:
+            if not self.waiting:
+                self.work = self.environment.event()
+                yield self.work
+            step = [self.waiting.popleft() for _ in range(min(len(self.waiting), model.max_requests))]
+            yield self.environment.timeout(
+                model.step_ms + len(step) * model.request_ms + sum(more for _, _, more in step)
+            )
+            for started, process, _ in step:
+                behind = self._occupy(process, 1 - BEFORE) + model.rest_ms
+                self.answered(process, behind, self.environment.now + behind - started)
+
+
+def open_loop(
+    model: ServerModel, rate: float, requests: int, seed: int = 0, more_ms: np.ndarray | None = None
+) -> np.ndarray:
+    """Latencies of Poisson arrivals at ``rate`` a second, from an idle server on.
+
+    ``more_ms`` are values to draw each request's extra time in a step from.
+    """
+    import simpy
+
+    generator = np.random.default_rng(seed)
+    environment = simpy.Environment()
+    latencies: list[float] = []
+    server = _Server(environment, model, lambda process, behind, latency: latencies.append(latency))
+    gaps = generator.exponential(1000 / rate, requests)
+    processes = generator.integers(model.api_processes, size=requests)
+    more = np.zeros(requests) if more_ms is None else generator.choice(more_ms, requests)
+
+    def arrive() -> Generator[Any, Any, None]:
+        for gap, process, extra in zip(gaps.tolist(), processes.tolist(), more.tolist(), strict=True):
+            yield environment.timeout(gap)
+            server.receive(process, extra)
+
+    environment.process(arrive())
+    environment.run()
+    return np.array(latencies)
+
+
+def closed_loop(model: ServerModel, clients: int, requests: int) -> np.ndarray:
+    """Latencies of clients that send their next request when they have the answer to the last; the first are left out.
+
+    A client keeps its connection, and so its API process.
+    """
+    import simpy
+
+    environment = simpy.Environment()
+    latencies: list[float] = []
+    done = environment.event()
+
+    def answered(process: int, behind: float, latency: float) -> None:
+        latencies.append(latency)
+        if len(latencies) == 4 * clients + requests:
+            done.succeed()
+        server.after(behind, lambda: server.receive(process))
+
+    server = _Server(environment, model, answered)
+    for client in range(clients):
+        server.receive(client % model.api_processes)
+    environment.run(until=done)
+    return np.array(list(islice(latencies, 4 * clients, None)))

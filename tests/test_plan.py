@@ -1,0 +1,117 @@
+"""`nezha plan`: the queues are right, the fit finds the server it was made from, and nothing unmeasured is assumed."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nezha_vllm import cli
+from nezha_vllm.planning import fleet
+from nezha_vllm.planning.calibration import percentiles
+from nezha_vllm.planning.fleet import Wanted, capacity, make_plan
+from nezha_vllm.planning.measurements import PlanError, read_curves
+from nezha_vllm.planning.simulation import ServerModel, closed_loop, open_loop
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SERVER = ServerModel(step_ms=2.0, request_ms=0.5, api_ms=1.0, rest_ms=0.3, max_requests=31, api_processes=4)
+WANTED = Wanted((5000.0,), {128: 1.0}, beam_width=512, n=10, items=50_000, p99_ms=30.0)
+
+
+def test_a_request_alone_waits_for_nobody() -> None:
+    alone = 2.0 + 0.5 + 1.0 + 0.3
+    assert closed_loop(SERVER, 1, 50) == pytest.approx(alone)
+    assert np.median(open_loop(SERVER, 1.0, 100)) == pytest.approx(alone)
+    assert np.median(open_loop(SERVER, 1.0, 100, more_ms=np.array([4.0]))) == pytest.approx(alone + 4)
+
+
+@pytest.mark.parametrize("load", [0.3, 0.7])
+def test_without_batches_it_is_the_queue_of_the_textbook(load: float) -> None:
+    """M/D/1: the mean wait is ρ s / 2 (1 - ρ)."""
+    server = ServerModel(0.0, 10.0, 0.0, 0.0, max_requests=1, api_processes=1)
+    waits = open_loop(server, 100 * load, 40_000, seed=3) - 10
+    assert waits.mean() == pytest.approx(10 * load / (2 * (1 - load)), rel=0.05)
+
+
+def test_a_full_server_answers_as_many_as_its_steps_hold() -> None:
+    answered = open_loop(SERVER, 2 * SERVER.most_requests_per_s(), 4000)
+    assert answered.max() > 800, "twice what it can do must pile up"
+    closed = closed_loop(SERVER, 31, 620)
+    assert 31 * 0.5 + 2 < np.median(closed) < 31 * 0.5 + 2 + 31 * 1.0 / 4 + 2 * 2.5
+
+
+def write_results(folder: Path, server: ServerModel) -> None:
+    """Rows as if ``server`` had been measured."""
+    with (RESULTS / "throughput.csv").open(newline="") as file:
+        rows = csv.DictReader(file)
+        row = next(row for row in rows if row["beam_width"] == "512")
+        names = list(row)
+    row |= {"settings": "--api-server-count 4 --max-num-batched-tokens 4096", "note": "", "commit": "made-up"}
+    found = []
+    for clients in (4, 8, 16, 31):
+        p50, p99 = percentiles([closed_loop(server, clients, 20 * clients)])
+        found.append(row | {"load": "closed", "concurrency": clients, "request_rate": "", "p50_ms": p50, "p99_ms": p99,
+                            "requests_per_s": 1000 * clients / p50})  # fmt: skip
+    for rate in (400.0, 700.0, 1000.0):
+        p50, p99 = percentiles([open_loop(server, rate, 3000, seed=9)])
+        found.append(row | {"load": "open", "concurrency": "", "request_rate": rate, "requests": 800, "p50_ms": p50,
+                            "p99_ms": p99, "requests_per_s": rate})  # fmt: skip
+    with (folder / "throughput.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(found)
+
+
+def test_the_plan_is_that_of_the_server_that_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "SIMULATED", 4000)
+    write_results(tmp_path, SERVER)
+    plan = make_plan(tmp_path, replace(WANTED, rates=(1000.0, 5000.0), p99_ms=16.0, spare=0.3))
+    truth, *_ = capacity(SERVER, plan.curve, 16.0 / plan.margin)
+    assert plan.per_replica == pytest.approx(truth, rel=0.1)
+    assert plan.p99_ms <= 16.0 / plan.margin
+    for count, rate in zip(plan.replicas, (1000, 5000), strict=True):
+        assert (count - 1) * plan.per_replica < rate <= count * plan.per_replica
+    assert plan.gpus == max(plan.replicas) + plan.spare
+    assert plan.spare >= 0.3 * max(plan.replicas)
+    assert plan.gpu_hours_followed == 12 * sum(plan.replicas) + 24 * plan.spare
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"beam_width": 1024}, "no load curve of llama-1b with K ≥ 1024.*benchmarks.throughput"),
+        ({"n": 50}, "n ≥ 50"),
+        ({"model": "gpt-5"}, "gpt-5"),
+        ({"prompt_tokens": {128: 0.5, 512: 0.5}}, "512 tokens: the load curve has 128.*--estimate"),
+        ({"prompt_tokens": {4000: 1.0}, "estimate": True}, "4000 tokens: the longest measured"),
+        ({"items": 100_000_000}, "beam width 512.*--estimate"),
+        ({"items": 10**9, "estimate": True}, "largest catalogue measured has 100,000,000"),
+        ({"prompt_tokens": {128: 0.5}}, "sum to 1"),
+        ({"rates": (0.0,)}, "traffic"),
+        ({"spare": 1.0}, "spare"),
+    ],
+    ids=str,
+)
+def test_what_was_not_measured_is_refused_with_the_way_to_measure_it(wanted: dict[str, object], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        make_plan(RESULTS, replace(WANTED, **wanted))  # type: ignore[arg-type]
+
+
+def test_a_goal_under_an_idle_servers_latency_is_refused() -> None:
+    curve = next(curve for curve in read_curves(RESULTS) if len(curve.open) > 2)
+    with pytest.raises(PlanError, match=r"nearly idle is .* over the goal of 3"):
+        capacity(SERVER, curve, 3.0)
+
+
+def test_missing_rows_and_traffic_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--requests-per-s", "5", "--results", str(tmp_path)]) == 2
+    assert "throughput.csv is missing; name the folder" in capsys.readouterr().err
+    (tmp_path / "day.csv").write_text("hour,visits\n0,5\n")
+    assert cli.main(["plan", "--traffic", str(tmp_path / "day.csv"), "--results", str(RESULTS)]) == 2
+    assert "requests_per_s" in capsys.readouterr().err
+    assert cli.main(["plan", "--requests-per-s", "5", "--prompt-tokens", "long"]) == 2
+    assert "--prompt-tokens long" in capsys.readouterr().err
