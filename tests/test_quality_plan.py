@@ -24,7 +24,7 @@ from nezha_vllm import cli
 PLAN = """
 methods = ["nezha", "nezha-4", "ar"]
 seeds = [0, 1]
-baselines = ["popularity", "sasrec"]
+baselines = ["popularity"]
 train = ["--epochs", "1", "--max-history", "6"]
 evaluate = ["--beam-width", "20"]
 [models.tiny]
@@ -64,8 +64,8 @@ def test_a_plan_runs_from_raw_files_to_tables(places, tmp_path, capsys):
     torch.set_num_threads(before)
     with places.results.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    # popularity once, SASRec, NEZHA, NEZHA-4 and the language model's two decodings by seed
-    assert len(rows) == 1 + 2 * 5
+    # popularity once; NEZHA, NEZHA-4 and the language model's two decodings by seed
+    assert len(rows) == 1 + 2 * 4
     assert all(json.loads(row["config"])["train_seconds"] > 0 for row in rows if row["validity"])
     results = quality_tables.read(places.results)
     text = quality_tables.make(results, places.work / "ranks")
@@ -161,6 +161,19 @@ def test_the_repositorys_plan_has_commands_that_exist(places):
     for words in (step.words for job in jobs for step in job.steps):
         parser.parse_args(words)
         assert not any("{data}" in word for word in words)
+
+
+def test_baselines_are_measured_once_a_data_set_and_sasrec_once_a_seed(places):
+    plan = Plan.load(ROOT / "benchmarks" / "plans" / "quality.toml")
+    asked = [
+        (job.name.split("/")[0], job.name.split("/")[3], tuple(step.words[step.words.index("--baselines") + 1 :]))
+        for job in runs(plan, places)
+        for step in job.steps
+        if "--baselines" in step.words and step.words[-1] != "--baselines"
+    ]
+    everything, again = ("popularity", "markov", "knn", "sasrec"), ("sasrec",)
+    expected = [(name, str(seed), again if seed else everything) for seed in (0, 1, 2) for name in plan.datasets]
+    assert sorted(asked) == sorted(expected)
 
 
 def test_ranks_come_back(tmp_path):
