@@ -206,6 +206,17 @@ def test_an_output_folder_takes_no_other_job(job: dict[str, Any], tmp_path: Path
         score_parquet(**(job | {"out": tmp_path / "used"}))
 
 
+def test_options_of_python_are_the_same_when_the_job_goes_on(job: dict[str, Any]) -> None:
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="an engine"):
+            score_parquet(**job, options={"segments": ("odd",)})
+
+
+def test_results_do_not_go_into_the_input(job: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lies in the input"):
+        score_parquet(**(job | {"inputs": [tmp_path], "out": tmp_path / "out"}))
+
+
 def test_a_second_process_is_turned_away(job: dict[str, Any]) -> None:
     with Output(job["out"]).locked(), pytest.raises(JobError, match="another process"):
         score_parquet(**job)

@@ -8,13 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import openai
 import pyarrow as pa
 import pytest
+from answers import assert_same_answer, of_completion
 from pyarrow import parquet
 from test_batch import write_input
+
+from nezha_vllm.server import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 ray = pytest.importorskip("ray", reason="pip install 'nezha-vllm[ray]'")
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
 ENGINE = '{"dtype": "float32", "max_model_len": 1024}'
+ROOT = Path(__file__).parents[1]
 ROWS, ROWS_PER_PART = 3000, 25
 
 
@@ -91,3 +97,78 @@ def test_a_job_outlives_a_node_and_goes_on_after_its_driver(checkpoint: Path, tm
     assert [row["user"] for row in found if row["error"]] == [17]
     assert all(len(row["item_ids"]) == 10 for row in found if row["user"] != 17)
     assert not list(out.glob(".scratch*"))
+
+
+def test_serve_scales_with_its_queue_and_outlives_a_node(
+    checkpoint: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import serve
+
+    monkeypatch.setenv("GPUS", "0")
+    monkeypatch.setenv("CHECKPOINT", str(checkpoint))
+    monkeypatch.setenv("ARGUMENTS", "--dtype float32 --enforce-eager --max-model-len 1024")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+    port = free_port()
+    serve.start(http_options={"port": port, "location": "HeadOnly"})
+    try:
+        check_serve(cluster, f"http://127.0.0.1:{port}")
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def check_serve(cluster: Cluster, url: str) -> None:
+    import ray_serve
+    from ray import serve
+
+    serve.run(ray_serve.app, name="nezha")
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0)
+    model = client.models.list().data[0].id
+    histories = ["".join(f"<item:item-{1 + (7 * at + step) % 1600}>" for step in range(5)) for at in range(16)]
+
+    def complete(text: str) -> list[tuple[str, float]]:
+        return of_completion(client.completions.create(model=model, prompt=text, n=5))
+
+    expected = [complete(text) for text in histories]
+    with pytest.raises(openai.BadRequestError, match="nobody"):
+        complete("<item:nobody>")
+    with ThreadPoolExecutor(16) as pool:
+        for _ in range(200):
+            for found, other in zip(pool.map(complete, histories), expected, strict=True):
+                assert_same_answer(found, other)
+            if "STARTING" in states():
+                break
+        else:
+            pytest.fail("no second replica though requests queue up")
+    deadline = time.monotonic() + 400
+    while states().get("RUNNING", 0) < 2 and time.monotonic() < deadline:
+        time.sleep(1)
+    nodes = running()
+    assert len(set(nodes.values())) == 2
+    connected = ray.get_runtime_context().get_node_id()  # cannot be removed
+    victim = next(node for node in cluster.worker_nodes if node.node_id in {*nodes.values()} - {connected})
+    cluster.remove_node(victim, allow_graceful=False)
+    failures = 0
+    for text, other in zip(histories * 4, expected * 4, strict=True):
+        try:
+            assert_same_answer(complete(text), other)
+        except (openai.APIStatusError, openai.APIConnectionError):
+            failures += 1
+    assert failures <= 4, "only what was under way may be lost"
+
+
+def states() -> dict[str, int]:
+    """How many replicas are in which state."""
+    from ray import serve
+
+    [deployment] = serve.status().applications["nezha"].deployments.values()
+    return {str(getattr(state, "value", state)): count for state, count in deployment.replica_states.items()}
+
+
+def running() -> dict[str, str]:
+    """Node of each living replica."""
+    from ray._private.state import actors
+
+    found = [actor for actor in actors().values() if actor["State"] == "ALIVE" and "Nezha" in actor["ActorClassName"]]
+    return {actor["ActorID"]: actor["Address"]["NodeID"] for actor in found}

@@ -63,6 +63,7 @@ def score_parquet(
     Raises:
         ValueError: input, options, catalogue or output folder, with the remedy.
     """
+    inputs = list(inputs)
     files, schema = examine(find_files(inputs))
     columns, options = find_columns(schema, history, prompt), {"n": 10, **(options or {})}
     check_options(options, last)
@@ -82,6 +83,10 @@ def score_parquet(
         "engine": dict(engine or {}),
         "catalogue": _catalogue_of(folder, engine or {}),
     }
+    job = json.loads(json.dumps(job))  # as it will be read again
+    for given in map(Path, inputs):
+        if given.is_dir() and output.folder.is_relative_to(given.absolute()):
+            raise ValueError(f"{output.folder} lies in the input {given}; name a folder elsewhere with --out")
     with output.locked():
         path, version = output.begin(job)["catalogue"]
         recipe = Recipe(str(folder), str(output.folder), columns, options, last, path, version, dict(engine or {}))
