@@ -86,7 +86,7 @@ pieces = st.sampled_from(
 )
 def test_what_is_encoded_is_what_the_tokenizer_says(kind, text):
     tokenizer, service, encoder = encoder_of(kind)
-    found = encoder.encode(text)
+    found = encoder.encode(text, service.catalogue)
     if found is None:
         return
     expanded = expand_items(text, service)
@@ -104,7 +104,7 @@ def test_histories_of_known_items_and_codes_need_no_tokenizer(kind, text):
 @pytest.mark.parametrize("text", ["<item:unknown>", "<a_3>", "<item:x<a_9>>", "<item:1><item:\ud800>"])
 def test_what_is_refused_is_left_to_the_path_with_the_errors(text):
     _, service, encoder = encoder_of("bytes")
-    assert encoder.encode(text) is None
+    assert encoder.encode(text, service.catalogue) is None
     with pytest.raises(VLLMValidationError):
         expand_items(text, service)
 

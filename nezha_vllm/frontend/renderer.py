@@ -19,7 +19,7 @@ from nezha_vllm.frontend.prompts import (
     too_long,
 )
 from nezha_vllm.frontend.rules import PromptTokens
-from nezha_vllm.frontend.service import Service, service_of
+from nezha_vllm.frontend.service import Service, asked_service, service_of
 from nezha_vllm.semantic_id import code_token, placeholder_token
 
 
@@ -28,10 +28,15 @@ class NezhaRenderer(HfRenderer):
         super().__init__(config, tokenizer)
         service = service_of(config.model_config)
         assert service is not None, "the config hook loads the service before any renderer is made"
-        self.service = service
+        self.current = service
         check_tokenizer(tokenizer, service, config.model_config.tokenizer)
         self.prefix = list(tokenizer("")["input_ids"])
         self.encoder = HistoryEncoder(tokenizer, service, self.prefix)
+
+    @property
+    def service(self) -> Service:
+        """Of the request under way; outside of requests the current one."""
+        return asked_service() or self.current
 
     def tokenize_prompt(self, prompt: Any, params: Any) -> Any:
         if (encoded := self._encode(prompt, params)) is not None:
@@ -54,7 +59,7 @@ class NezhaRenderer(HfRenderer):
     def encode(self, prompt: str | list[int]) -> list[int] | None:
         """A complete prompt, checked; None for a text that needs the tokenizer. Raises a 400 for bad token ids."""
         if isinstance(prompt, str):
-            history = self.encoder.encode(prompt)
+            history = self.encoder.encode(prompt, self.service.catalogue)
             return None if history is None else self._tokens(prompt, [*history, *self.service.placeholder_token_ids])
         return self._complete(strip_placeholders(prompt, self.service))
 
@@ -62,7 +67,7 @@ class NezhaRenderer(HfRenderer):
         """The prompt without the tokenizer, which is 70 µs instead of 550 for 42 items; None if it is needed."""
         if "prompt" not in prompt or any(getattr(params, name) != default for name, default in _TOKENIZER_OPTIONS):
             return None
-        history = self.encoder.encode(prompt["prompt"])
+        history = self.encoder.encode(prompt["prompt"], self.service.catalogue)
         if history is None:
             return None
         token_ids = self._tokens(prompt["prompt"], [*history, *self.service.placeholder_token_ids])
