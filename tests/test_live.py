@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import threading
 import time
 import urllib.error
@@ -14,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from answers import Ranking, assert_same_answer
-from conftest import BLOCK_SIZE, LEVELS
+from answers import assert_same_answer
+from conftest import BLOCK_SIZE
 
+from benchmarks.reliability.versions import Ranking, rankings, versions_of
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.server import Server, free_port
 from nezha_vllm.store import Store
@@ -26,39 +28,6 @@ from nezha_vllm.store import Store
 pytestmark = pytest.mark.slow
 N, POLL = 20, 0.1
 HISTORIES = [[f"item-{number * 7 + step * 50 + 1}" for step in range(1 + number % 5)] for number in range(12)]
-
-
-def versions_of(catalogue: Catalogue) -> dict[str, Catalogue]:
-    """The checkpoint's own catalogue, and one with other codes, fewer items, and new ones on semantic IDs of no item.
-
-    Histories mean other codes there, so that an answer made of two versions is one of neither.
-    """
-    names, codes = catalogue.ids.to_pylist(), catalogue.codes.copy()
-    rng = np.random.default_rng(1)
-    codes[::3] = np.stack([rng.integers(0, size, len(codes[::3])) for size in LEVELS], axis=1)
-    kept = [row for row, name in enumerate(names) if int(name.removeprefix("item-")) < 1500]
-    free = np.setdiff1d(np.arange(catalogue.codec.capacity), np.union1d(catalogue.keys, catalogue.codec.key(codes)))
-    new = catalogue.codec.codes_of_key(rng.choice(free, 300, replace=False))
-    found = {"one": catalogue}
-    for version, more in (("two", new[:150]), ("three", new[150:])):
-        ids = [names[row] for row in kept] + [f"{version}-{number}" for number in range(len(more))]
-        segments = {name: np.arange(len(ids)) % 2 == 0 for name in catalogue.segments.names}
-        of_version = np.concatenate([codes[kept], more])
-        found[version] = Catalogue.build(ids, of_version, LEVELS, segments=segments, version=version)
-    return found
-
-
-def rankings(checkpoint: Path, catalogue: Catalogue) -> list[Ranking]:
-    """What each history gets of this version, by transformers."""
-    import torch
-
-    from nezha_vllm.hf.modeling import NezhaLlamaForCausalLM
-    from nezha_vllm.hf.recommend import recommend
-
-    model = NezhaLlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    return [
-        [(item.item_id, item.score) for item in items] for items in recommend(model, HISTORIES, N, catalogue=catalogue)
-    ]
 
 
 @dataclass
@@ -70,7 +39,6 @@ class Live:
     folders: dict[str, Path]
     expected: dict[str, list[Ranking]]
     log: Path
-    process: int
 
     def post(self, body: dict[str, Any], **headers: str) -> dict[str, Any]:
         data = json.dumps(body).encode()
@@ -105,19 +73,21 @@ class Live:
 @pytest.fixture(scope="module")
 def live(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("live")
-    store, folders, expected = Store(folder / "store"), {}, {}
-    for version, catalogue in versions_of(Catalogue.load(checkpoint / "catalogue")).items():
-        folders[version] = folder / version
-        catalogue.save(folders[version])
-        expected[catalogue.version] = rankings(checkpoint, catalogue)
+    own = Catalogue.load(checkpoint / "catalogue")
+    catalogues = versions_of(own, ["one", "two", "three"], keep=[item for history in HISTORIES for item in history])
+    folders = {catalogue.version: folder / catalogue.version for catalogue in catalogues}
+    for catalogue in catalogues:
+        catalogue.save(folders[catalogue.version])
+    store = Store(folder / "store")
     store.publish(folders["one"])
     options = {"nezha": {"catalogue": str(store.folder), "catalogue_poll_seconds": POLL}}
     arguments = ["--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--max-model-len", "1024"]
     arguments += ["--additional-config", json.dumps(options), "--api-server-count", "2"]
     log = folder / "log.txt"
     with Server(checkpoint, free_port(), arguments=arguments, log=log) as running:
-        running.wait_until_ready(timeout=240)
-        yield Live(running.url, store, folders, expected, log, running.process.pid)
+        expected = rankings(checkpoint, catalogues, HISTORIES, N)
+        running.wait_until_ready(timeout=400)
+        yield Live(running.url, store, folders, expected, log)
 
 
 @dataclass
@@ -164,21 +134,66 @@ class Load:
 
 
 def test_every_answer_is_one_versions_while_others_are_published_and_taken_back(live: Live) -> None:
-    first = live.store.pointer().version
+    swaps = ["two", "three", "two", "three", "one", "back"]
     with Load(live) as load:
-        for swap in (*["two", "three"] * 3, "back"):
+        for number, swap in enumerate(swaps):
             before = load.answered.copy()
             if swap == "back":
-                swap = live.store.rollback().version
+                swaps[number] = swap = live.store.rollback().version
             else:
                 live.publish(swap)
             live.wait_for(swap)
             deadline = time.monotonic() + 20
             while load.answered[swap] < before[swap] + 10 and time.monotonic() < deadline:
                 time.sleep(0.05)
-    assert sorted(load.answered) == sorted([first, "two", "three"])
+    assert load.answered.keys() == {"one", "two", "three"}
     told = live.swaps()
-    assert [(swap["result"], swap["version"]) for swap in told] == [
-        ("swapped", version) for version in [*["two", "three"] * 3, "two"]
-    ], "one line a swap, whatever the number of processes"
-    assert all(swap["items"] and swap["seconds"] < 10 for swap in told)
+    assert [swap["version"] for swap in told] == swaps, "one line a swap, whatever the number of processes"
+    assert all(swap["result"] == "swapped" and swap["items"] and swap["seconds"] < 30 for swap in told)
+
+
+def test_new_items_on_codes_of_no_earlier_item_are_reached_in_a_running_server(live: Live) -> None:
+    """Nothing of them was there when the model was made; they come back by name, and in histories."""
+    live.publish("three")
+    live.wait_for("three")
+    new = [f"new-in-three-{number}" for number in range(5)]
+    answer = live.post({"prompt": f"<item:{new[0]}>", "n": 4, "vllm_xargs": {"allow_items": new[1:], "beam_width": 50}})
+    assert {choice["text"] for choice in answer["choices"]} == set(new[1:])
+    assert any(item.startswith("new") for ranking in live.expected["three"] for item, _ in ranking)
+
+
+@pytest.mark.parametrize("what", ["keys.safetensors", "items.arrow", "manifest.json", "levels", "CURRENT"])
+def test_what_cannot_be_taken_up_is_refused_in_one_line_and_the_old_version_serves_on(
+    live: Live, tmp_path: Path, what: str
+) -> None:
+    """As if files were damaged behind a publication; all of a store's own checks come before that."""
+    live.publish("one")
+    live.wait_for("one")
+    told = len(live.swaps())
+    other = Store(shutil.copytree(live.store.folder, tmp_path / "other"))
+    name = f"bad-{what.split('.')[0].lower()}"
+    sizes = [16, 24, 33] if what == "levels" else [16, 24, 32]
+    Catalogue.build(["a"], [[1, 2, 3]], sizes, version=name).save(tmp_path / name)
+    if what == "levels":
+        (other.folder / "CURRENT").unlink()  # its publisher would refuse it
+    other.publish(tmp_path / name, force=True)
+    damaged = other.folder / ("CURRENT" if what == "CURRENT" else f"versions/{name}/{what}")
+    if what != "levels":
+        data = bytearray(damaged.read_bytes())
+        data[len(data) // 2] ^= 0x41
+        damaged.write_bytes(data)
+    shutil.copytree(other.folder / "versions" / name, live.store.folder / "versions" / name)
+    good = (live.store.folder / "CURRENT").read_bytes()
+    os.replace(other.folder / "CURRENT", live.store.folder / "CURRENT")
+    with Load(live) as load:
+        deadline = time.monotonic() + 20
+        while len(live.swaps()) == told and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(10 * POLL)
+    assert load.answered.keys() == {"one"}
+    (refusal,) = live.swaps()[told:]
+    assert (refusal["result"], refusal["serving"]) == ("refused", "one")
+    assert ("[16, 24, 33]" if what == "levels" else what) in refusal["reason"]
+    (live.store.folder / "CURRENT").write_bytes(good)
+    live.publish("two")
+    live.wait_for("two")

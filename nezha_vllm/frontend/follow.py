@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import time
@@ -76,6 +77,8 @@ class Follower:
         self._settings = renderer.current.settings
         self._looked_at: Generation | None = None
         self._last_refusal: tuple[Generation | None, str] | None = None
+        self._old: Callable[[], Service | None] = _nothing
+        self._hurried = False
 
     async def run(self) -> None:
         """Until the engines are gone."""
@@ -122,6 +125,7 @@ class Follower:
             if BUSY in states:
                 other = Generation(*next(reply[1] for reply in replies if reply[0] == BUSY))
                 if other.key == self._renderer.current.generation:
+                    self._hurry()
                     return None  # requests on the one before it are still under way
                 wanted = other
             elif LOADING not in states:
@@ -143,6 +147,12 @@ class Follower:
                 return catalogue
         raise AssertionError("waiting has no end")
 
+    def _hurry(self) -> None:
+        """Where the service before lives on at the second look, look for it among what waits to be collected."""
+        if self._old() is not None and self._hurried:
+            gc.collect()
+        self._hurried = self._old() is not None
+
     def _swap(self, wanted: Generation, catalogue: Catalogue, begun: float) -> None:
         old: Service = self._renderer.current
         loop, key = asyncio.get_running_loop(), old.generation
@@ -152,6 +162,7 @@ class Follower:
 
         # plans of requests are what keeps a service alive; the last may be gone in any thread
         weakref.finalize(old, _call_soon, loop, release).atexit = False
+        self._old = weakref.ref(old)
         self._renderer.current = old.with_catalogue(catalogue, wanted.key)
         replace_service(self._model, self._renderer.current)
         self._looked_at, self._last_refusal = wanted, None
@@ -199,13 +210,13 @@ def follow(engine: Any) -> None:
         return
     parallel = engine.vllm_config.parallel_config
     engines = Engines(engine.engine_core, parallel._api_process_count)
-    told = log_swap if engines.client == 0 else _nothing  # all API processes come to the same end
+    told = log_swap if engines.client == 0 else _nothing  # all API processes come to the same end, the first tells
     follower = Follower(engines, engine.renderer, engine.model_config.model, told)
     engine.nezha_follower = asyncio.get_running_loop().create_task(follower.run())
 
 
-def _nothing(swap: Swap) -> None:
-    """The first API process tells."""
+def _nothing(*_: Any) -> None:
+    return None
 
 
 async def _waits() -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi.routing import APIRoute
 
-from nezha_vllm.frontend.service import answer_with, service_of
+from nezha_vllm.frontend.service import service_for_request, service_of
 
 _INSTALLED: set[tuple[type, str]] = set()
 
@@ -171,7 +171,7 @@ def _create_completion(original: Callable[..., Any]) -> Callable[..., Any]:
         service = service_of(self.model_config)
         if service is None:
             return await original(self, request, raw_request)
-        answer_with(service)
+        service = service_for_request(service)
         try:
             request = prepare(request, service)
             make_plan(service, request.to_sampling_params(1, {}))

@@ -19,7 +19,7 @@ from nezha_vllm.frontend.prompts import (
     too_long,
 )
 from nezha_vllm.frontend.rules import PromptTokens
-from nezha_vllm.frontend.service import Service, asked_service, service_of
+from nezha_vllm.frontend.service import Service, service_for_request, service_of
 from nezha_vllm.semantic_id import code_token, placeholder_token
 
 
@@ -36,7 +36,7 @@ class NezhaRenderer(HfRenderer):
     @property
     def service(self) -> Service:
         """Of the request under way; outside of requests the current one."""
-        return asked_service() or self.current
+        return service_for_request(self.current)
 
     def tokenize_prompt(self, prompt: Any, params: Any) -> Any:
         if (encoded := self._encode(prompt, params)) is not None:

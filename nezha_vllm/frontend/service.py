@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -63,7 +65,7 @@ class Service:
 
 
 _SERVICES: dict[str, Service] = {}
-_ASKED: ContextVar[Service | None] = ContextVar("nezha_service", default=None)
+_REQUEST: ContextVar[_Request | None] = ContextVar("nezha_request", default=None)
 
 
 def service_of(model_config: ModelConfig) -> Service | None:
@@ -76,14 +78,33 @@ def replace_service(model: str, service: Service) -> None:
     _SERVICES[model] = service
 
 
-def answer_with(service: Service | None) -> None:
-    """Let what follows in this task, and in tasks it starts, be one request that this service answers.
+class _Request:
+    """One request's service, from the moment it is first asked for. Contexts may live on behind the request."""
+
+    service: Service | None = None
+    over = False
+
+
+@contextmanager
+def one_request() -> Iterator[None]:
+    """What this task, and tasks it starts, do inside is one request, and is answered by one service.
 
     Rendering, checks and answers of a request are apart in time, and the catalogue may be swapped between them.
     """
-    _ASKED.set(service)
+    request = _Request()
+    token = _REQUEST.set(request)
+    try:
+        yield
+    finally:
+        _REQUEST.reset(token)
+        request.service, request.over = None, True
 
 
-def asked_service() -> Service | None:
-    """The service of the request under way in this task; None outside of requests."""
-    return _ASKED.get()
+def service_for_request(current: Service) -> Service:
+    """``current``; inside a request what was current when it first came here."""
+    request = _REQUEST.get()
+    if request is None or request.over:
+        return current
+    if request.service is None:
+        request.service = current
+    return request.service

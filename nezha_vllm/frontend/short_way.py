@@ -27,7 +27,7 @@ from nezha_vllm.frontend.options import Plan, check_search, engine_params
 from nezha_vllm.frontend.renderer import NezhaRenderer
 from nezha_vllm.frontend.response_body import ResponseBody
 from nezha_vllm.frontend.rules import read_rules
-from nezha_vllm.frontend.service import answer_with
+from nezha_vllm.frontend.service import one_request
 
 # headers and settings of a server that change what vLLM's handler does
 LONG_WAY_HEADERS = {
@@ -119,13 +119,15 @@ class ShortWay:
 class CompletionsRoute(APIRoute):
     """FastAPI's route with the short way in front."""
 
+    async def handle(self, scope: Any, receive: Any, send: Any) -> None:
+        with one_request():
+            await super().handle(scope, receive, send)
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         long_way = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
             way = _short_way(request)
-            if way is not None:
-                answer_with(way.renderer.current)
             headers = dict(request.scope["headers"])
             media_type = headers.get(b"content-type", b"").split(b";", 1)[0].lower()
             if way is None or media_type != b"application/json" or not LONG_WAY_HEADERS.isdisjoint(headers):
