@@ -366,7 +366,7 @@ class Plan:
 
 
 def _lower_bounds(keys_M: Tensor, num_prefixes: int, suffix: int) -> Tensor:
-    lows = torch.arange(num_prefixes + 1, device=keys_M.device) * suffix
+    lows = torch.arange(0, (num_prefixes + 1) * suffix, suffix, device=keys_M.device)
     return torch.searchsorted(keys_M, lows, out_int32=True)
 
 

@@ -193,7 +193,8 @@ class DraftStage:
 
     def _read(self, generation: Generation) -> Searched:
         beside = next(iter(self.versions))
-        searched = read_beside(self.settings.catalogue, generation, beside.beam_search, self.workers_here)
+        stream = None if self.graphs is None else self.graphs.stream
+        searched = read_beside(self.settings.catalogue, generation, beside.beam_search, self.workers_here, stream)
         searched.graphs = self.graphs
         return searched
 

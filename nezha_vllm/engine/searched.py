@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,10 +65,18 @@ class Searched:
             self.graphs.take_away(self.place)
 
 
-def read_beside(store: Path, generation: Generation, beside: BeamSearch, workers: int) -> Searched:
-    """Read a generation while another one serves; ``workers`` processes of this machine do so at the same time.
+def read_beside(
+    store: Path, generation: Generation, beside: BeamSearch, workers: int, stream: torch.cuda.Stream | None
+) -> Searched:
+    """Read a generation while another one serves, in a thread.
 
-    Raises ``CatalogueError`` if it is damaged, of other levels, or does not fit.
+    Args:
+        beside: the search that serves.
+        workers: processes of this machine that do the same at the same time.
+        stream: to bring it to a GPU.
+
+    Raises:
+        CatalogueError: it is damaged, of other levels, or does not fit.
     """
     folder = generation.folder(store)
     manifest = read_manifest(folder)
@@ -78,10 +87,11 @@ def read_beside(store: Path, generation: Generation, beside: BeamSearch, workers
     if device.type == "cuda":
         check_fits(device_bytes(manifest, beside), f"the search over {what} on the GPU", device)
     keys = load_keys(folder)
-    with torch.inference_mode():
+    # beside the stream of the steps; always the same one, as PyTorch keeps freed memory for the stream that had it
+    with torch.inference_mode(), nullcontext() if stream is None else torch.cuda.stream(stream):
         searched = Searched(beside.over(torch.from_numpy(keys.keys).to(device)), keys)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
+    if stream is not None:
+        stream.synchronize()
     return searched
 
 
@@ -94,7 +104,7 @@ def host_bytes(manifest: dict[str, Any]) -> int:
 
 
 def device_bytes(manifest: dict[str, Any], beside: BeamSearch) -> int:
-    """On a GPU, while it reads: keys, tables and what they are made of, with segments the same as on the host."""
+    """On a GPU, while it reads: keys, tables and one of the lists they are made of, with segments as on the host."""
     tables = 0 if beside.plan is None else beside.plan.table_bytes
     ids, segments = manifest["num_ids"], len(manifest.get("segments", []))
     return 8 * ids + 3 * tables + (segments and segments * manifest["num_items"] // 8 + 12 * ids + ranks_bytes(ids + 1))
