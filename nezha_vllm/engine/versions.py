@@ -9,7 +9,8 @@ needs an API process and an engine that agree:
    the last request on the old one is answered in an API process, that calls ``release``; after the last of these calls
    the old generation is dropped.
 
-So all processes go through the same generations, and a third is not begun while there are two.
+So all processes go through the same generations, and a third is not begun while there are two. ``pending`` tells a
+process that others are on their way to a generation that it did not see in the store.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from nezha_vllm.generation import FIRST, Generation
 logger = logging.getLogger("vllm.nezha")
 
 RETRY_SECONDS = 60.0  # behind a refusal, before the same generation is tried again
-ACTIONS = ("load", "hold", "refuse", "release")
+ACTIONS = ("pending", "load", "hold", "refuse", "release")
 LOADING, LOADED, HELD, BUSY, REFUSED = "loading", "loaded", "held", "busy", "refused"
 
 Reply = list  # a state and what belongs to it: vLLM sends lists and strings only
@@ -78,6 +79,12 @@ class Versions(Generic[Loaded]):
         assert action in ACTIONS, action
         return getattr(self, action)(*arguments)
 
+    def pending(self) -> Reply:
+        """The newest generation here, read or being read; None for the first."""
+        self._collect()
+        newest = self._reading.generation if self._reading is not None else [*self._entries.values()][-1].generation
+        return [LOADED, None if newest is None or self._gives_up(newest) else list(newest)]
+
     def load(self, *fields: object) -> Reply:
         """Begin to read a generation, or tell how far it is. If another comes first, the reply says which."""
         wanted = Generation(*fields)  # type: ignore[arg-type]
@@ -91,10 +98,8 @@ class Versions(Generic[Loaded]):
         if self._reading is None and len(self._entries) == 1:
             self._reading = _Reading(wanted, self._read)
         if self._reading is not None:
-            given_up = self._refused is not None and self._refused[0] == self._reading.generation.key
-            return (
-                [LOADING] if given_up or self._reading.generation == wanted else [BUSY, list(self._reading.generation)]
-            )
+            reading = self._reading.generation
+            return [LOADING] if reading == wanted or self._gives_up(reading) else [BUSY, list(reading)]
         *_, newest = self._entries.values()
         assert newest.generation is not None, "two generations, and only the first has no pointer"
         return [BUSY, list(newest.generation)]
@@ -123,6 +128,10 @@ class Versions(Generic[Loaded]):
                 self._drop(key)
         return [LOADED]
 
+    def _gives_up(self, generation: Generation) -> bool:
+        """Whether it was refused while it was being read."""
+        return self._refused is not None and self._refused[0] == generation.key
+
     def _drop(self, key: str) -> None:
         self._entries.pop(key).loaded.close()
 
@@ -132,8 +141,8 @@ class Versions(Generic[Loaded]):
         if reading is None or reading.thread.is_alive():
             return
         self._reading = None
-        if self._refused is not None and self._refused[0] == reading.generation.key:
-            return  # by an API process, meanwhile
+        if self._gives_up(reading.generation):
+            return
         if reading.loaded is None:
             self._refused = (reading.generation.key, reading.problem, time.monotonic() + RETRY_SECONDS)
         else:

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from nezha_vllm.pointer import read_pointer
 
 logger = logging.getLogger("vllm.nezha")
 
+OVERTAKEN = "another generation came first"  # a reason that nobody needs to know
 FIRST_WAIT, LONGEST_WAIT = 0.02, 0.25  # seconds between two looks at how far the others are
 
 
@@ -75,7 +76,7 @@ class Follower:
     def __init__(self, engines: Engines, renderer: Any, model: str, told: Callable[[Swap], None]) -> None:
         self._engines, self._renderer, self._model, self._told = engines, renderer, model, told
         self._settings = renderer.current.settings
-        self._looked_at: Generation | None = None
+        self._served: Generation | None = None  # None until the pointer has shown what it is
         self._last_refusal: tuple[Generation | None, str] | None = None
         self._old: Callable[[], Service | None] = _nothing
         self._hurried = False
@@ -92,28 +93,34 @@ class Follower:
                 logger.warning("NEZHA: following the catalogue store failed, it goes on: %r", error)
 
     async def look(self) -> None:
-        """Compare the pointer with what is served, and swap if they differ."""
+        """Go where the pointer shows, or where other processes are already going."""
         begun = time.monotonic()
         try:
             pointed = Generation.of(await asyncio.to_thread(read_pointer, self._settings.catalogue))
-            if self._looked_at is None and pointed.version == self._renderer.current.catalogue.version:
-                self._looked_at = pointed  # the version that the server started with
-            if pointed == self._looked_at:
+            if self._served is None and pointed.version == self._renderer.current.catalogue.version:
+                self._served = pointed
+            pending = self._others(await self._engines.call("pending"))
+            if not pending and self._served is not None and pointed[1:] == self._served[1:]:
                 return
-            wanted = await self._loaded_by_engines(pointed)
+            wanted = await self._loaded_by_engines(max(pending, default=pointed))
             if wanted is None:
                 return
             catalogue = await self._held_by_all(wanted)
         except CatalogueError as problem:  # the pointer itself
             self._refuse(None, str(problem), begun)
-            return
         except Refused as refused:
-            self._refuse(refused.generation, str(refused), begun)
-            return
-        self._swap(wanted, catalogue, begun)
+            if str(refused) != OVERTAKEN:
+                self._refuse(refused.generation, str(refused), begun)
+        else:
+            self._swap(wanted, catalogue, begun)
+
+    def _others(self, replies: Sequence[Sequence[Any]]) -> set[Generation]:
+        """The generations in replies, but for the one served here."""
+        found = {Generation(*reply[1]) for reply in replies if reply[1:] and reply[1] is not None}
+        return {generation for generation in found if generation.key != self._renderer.current.generation}
 
     async def _loaded_by_engines(self, wanted: Generation) -> Generation | None:
-        """What all engines have read: ``wanted``, or the one that comes before it; None to look again later."""
+        """What all engines have read: ``wanted``, or one that comes before it; None to look again later."""
         async for _ in _waits():
             replies = await self._engines.call("load", *wanted)
             states = {reply[0] for reply in replies}
@@ -122,14 +129,20 @@ class Follower:
                 if len(states) > 1:  # others can take it up, and are not to
                     await self._engines.call("refuse", wanted.key, reason)
                 raise Refused(wanted, reason)
-            if BUSY in states:
-                other = Generation(*next(reply[1] for reply in replies if reply[0] == BUSY))
-                if other.key == self._renderer.current.generation:
-                    self._hurry()
-                    return None  # requests on the one before it are still under way
-                wanted = other
-            elif LOADING not in states:
-                return wanted
+            busy = [reply for reply in replies if reply[0] == BUSY]
+            others = self._others(busy)
+            if busy and not others:
+                self._hurry()
+                return None  # requests on the generation before ours are still under way
+            if len(busy) < len(replies):
+                others.add(wanted)
+            if others == {wanted}:
+                if LOADING not in states:
+                    return wanted
+                continue
+            wanted = max(others)
+            for overtaken in others - {wanted}:  # engines have begun with different ones
+                await self._engines.call("refuse", overtaken.key, OVERTAKEN)
         raise AssertionError("waiting has no end")
 
     async def _held_by_all(self, wanted: Generation) -> Catalogue:
@@ -165,7 +178,7 @@ class Follower:
         self._old = weakref.ref(old)
         self._renderer.current = old.with_catalogue(catalogue, wanted.key)
         replace_service(self._model, self._renderer.current)
-        self._looked_at, self._last_refusal = wanted, None
+        self._served, self._last_refusal = wanted, None
         seconds = time.monotonic() - begun
         self._told(Swap("swapped", wanted.version, wanted.version, wanted.sequence, catalogue.num_items, seconds, None))
 
