@@ -1,10 +1,12 @@
-"""How much memory there is for more: on the machine, in the container, on the device."""
+"""How much memory there is for more, on the machine, in the container, on the device; and giving it back."""
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import torch
 
 from nezha_vllm.manifest import CatalogueError
@@ -31,6 +33,14 @@ def check_fits(needed: int, what: str, device: torch.device | None = None) -> No
             f"{what} needs {needed >> 20} MiB beside the one in use and {SPARE_BYTES >> 20} MiB to spare, "
             f"{available >> 20} MiB are available; free memory, or restart the server to take it up"
         )
+
+
+def give_back() -> None:
+    """Return to the system what was freed but kept for later: of 98 bytes an item that loading takes, 50 stay else."""
+    pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
 
 
 def _left_in_container() -> int | None:

@@ -233,7 +233,7 @@ def test_processes_agree_whatever_is_published_pruned_refused_or_taken_back(
     async def run() -> None:
         renderers = [SimpleNamespace(current=service(catalogues["a"], store.folder)) for _ in range(3)]
         followers = [
-            Follower(Connection(client, engines, rng), renderer, f"model-{client}", told.append)
+            Follower(Connection(client, engines, rng), renderer, f"model-{client}", lambda swap, _: told.append(swap))
             for client, renderer in enumerate(renderers)
         ]
         running = [asyncio.create_task(follower.run()) for follower in followers]

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from nezha_vllm.frontend.service import Service, replace_service
 from nezha_vllm.generation import Generation
 from nezha_vllm.item_index import MAX_HEADS
 from nezha_vllm.manifest import read_manifest
-from nezha_vllm.memory import check_fits
+from nezha_vllm.memory import check_fits, give_back
 from nezha_vllm.pointer import read_pointer
 
 logger = logging.getLogger("vllm.nezha")
@@ -66,19 +67,21 @@ class Engines:
 
 
 class Follower:
-    """Args:
-    engines: those that search.
-    renderer: has the ``current`` service, which is replaced.
-    model: by which the service is known in this process.
-    told: called with each swap and each refusal that is not a repetition.
+    """Takes up what the pointer shows, and tells of it.
+
+    Args:
+        engines: those that search.
+        renderer: has the ``current`` service, which is replaced.
+        model: by which the service is known in this process.
+        told: called behind each swap and each refusal, once for a generation, with what this process serves then.
     """
 
-    def __init__(self, engines: Engines, renderer: Any, model: str, told: Callable[[Swap], None]) -> None:
+    def __init__(self, engines: Engines, renderer: Any, model: str, told: Callable[[Swap, Service], None]) -> None:
         self._engines, self._renderer, self._model, self._told = engines, renderer, model, told
         self._settings = renderer.current.settings
         self._served: Generation | None = None  # None until the pointer has shown what it is
-        self._last_refusal: tuple[Generation | None, str] | None = None
-        self._old: Callable[[], Service | None] = _nothing
+        self._refused: Generation | str | None = None  # the last one told of, or what was wrong with the pointer
+        self._old: Callable[[], Service | None] = lambda: None
         self._hurried = False
 
     async def run(self) -> None:
@@ -101,6 +104,7 @@ class Follower:
                 self._served = pointed
             pending = self._others(await self._engines.call("pending"))
             if not pending and self._served is not None and pointed[1:] == self._served[1:]:
+                self._refused = None
                 return
             wanted = await self._loaded_by_engines(max(pending, default=pointed))
             if wanted is None:
@@ -172,23 +176,26 @@ class Follower:
 
         def release() -> None:
             _keep(loop.create_task(self._engines.call("release", key, self._engines.client, self._engines.num_clients)))
+            loop.run_in_executor(None, give_back)
 
         # plans of requests are what keeps a service alive; the last may be gone in any thread
         weakref.finalize(old, _call_soon, loop, release).atexit = False
         self._old = weakref.ref(old)
         self._renderer.current = old.with_catalogue(catalogue, wanted.key)
         replace_service(self._model, self._renderer.current)
-        self._served, self._last_refusal = wanted, None
+        self._served, self._refused = wanted, None
         seconds = time.monotonic() - begun
-        self._told(Swap("swapped", wanted.version, wanted.version, wanted.sequence, catalogue.num_items, seconds, None))
+        swap = Swap("swapped", wanted.version, wanted.version, wanted.sequence, catalogue.num_items, seconds, None)
+        self._told(swap, self._renderer.current)
 
     def _refuse(self, wanted: Generation | None, reason: str, begun: float) -> None:
-        if (wanted, reason) == self._last_refusal:
+        if self._refused == (wanted or reason):
             return
-        self._last_refusal = wanted, reason
-        serving = self._renderer.current.catalogue.version
+        self._refused = wanted or reason
+        service = self._renderer.current
         version, sequence = (wanted.version, wanted.sequence) if wanted else (None, None)
-        self._told(Swap("refused", version, serving, sequence, None, time.monotonic() - begun, reason))
+        seconds = time.monotonic() - begun
+        self._told(Swap("refused", version, service.catalogue.version, sequence, None, seconds, reason), service)
 
 
 def read_items(store: Path, generation: Generation, processes: int) -> Catalogue:
@@ -200,20 +207,26 @@ def read_items(store: Path, generation: Generation, processes: int) -> Catalogue
     check_fits(processes * api_bytes(read_manifest(folder)), f"catalogue version {generation.version}")
     catalogue = Catalogue.load(folder)
     catalogue.rows([])  # makes the index
+    give_back()
     return catalogue
 
 
 def api_bytes(manifest: dict[str, Any]) -> int:
-    """Of an API process while it reads: the three arrays, as much again for the checks, and the index."""
-    return 32 * manifest["num_items"] + 16 * manifest["num_ids"] + 8 * min(manifest["num_items"], MAX_HEADS)
+    """Of an API process while it reads: arrays, what they are checked with, and the index.
+
+    Measured at 3 levels: 98 bytes an item and the index.
+    """
+    levels, items = len(manifest["codebook_sizes"]), manifest["num_items"]
+    return (56 + 16 * levels) * items + 8 * min(items, MAX_HEADS)
 
 
-def log_swap(swap: Swap) -> None:
-    """One line of JSON."""
-    level = logging.INFO if swap.result == "swapped" else logging.ERROR
-    facts = {name: value for name, value in asdict(swap).items() if value is not None}
-    facts["seconds"] = round(swap.seconds, 3)
-    logger.log(level, "NEZHA: catalogue %s", json.dumps(facts))
+def tell(swap: Swap, service: Service, first: bool) -> None:
+    """In every API process; they all come to the same end, and the ``first`` of them writes one line of JSON."""
+    if first:
+        level = logging.INFO if swap.result == "swapped" else logging.ERROR
+        facts = {name: value for name, value in asdict(swap).items() if value is not None}
+        facts["seconds"] = round(swap.seconds, 3)
+        logger.log(level, "NEZHA: catalogue %s", json.dumps(facts))
 
 
 def follow(engine: Any) -> None:
@@ -223,13 +236,9 @@ def follow(engine: Any) -> None:
         return
     parallel = engine.vllm_config.parallel_config
     engines = Engines(engine.engine_core, parallel._api_process_count)
-    told = log_swap if engines.client == 0 else _nothing  # all API processes come to the same end, the first tells
+    told = partial(tell, first=engines.client == 0)
     follower = Follower(engines, engine.renderer, engine.model_config.model, told)
     engine.nezha_follower = asyncio.get_running_loop().create_task(follower.run())
-
-
-def _nothing(*_: Any) -> None:
-    return None
 
 
 async def _waits() -> Any:
