@@ -123,6 +123,7 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
             request = original(self, request_id, prompt, params, *args, **kwargs)
             request.sampling_params = params
             return request
+        service = getattr(prompt.get("prompt_token_ids"), "service", None) or service
         # vLLM checks and deep-copies what it is given, 0.1 ms for a user's parameters; these it takes as they are
         plan = make_plan(service, params, prompt.get("prompt_token_ids") or ())
         params = engine_params(plan, params.output_kind)
