@@ -178,7 +178,7 @@ def service(catalogue: Catalogue, store: Path) -> Service:
 class Connection:
     """An API process's way to the engines: each gets its calls at a time of its own."""
 
-    num_clients = 3
+    num_clients, dead = 3, False
 
     def __init__(self, client: int, engines: list[Versions], rng: random.Random) -> None:
         self.client, self.engines, self.rng = client, engines, rng

@@ -116,14 +116,16 @@ class DraftGraphs:
         self._head = [plan.weights, *plan.code_drives, plan.few_tiles, plan.tiles]
 
     def put(self, plan: Plan, ranks: Tensor | None) -> int:
-        """Let graphs search in another catalogue, too; its place. Waits for nothing: steps in flight do not read it."""
+        """Let graphs search in another catalogue, too; its place. Steps in flight do not look there."""
         place = self.free.pop()
-        self.catalogues[place].copy_(torch.tensor(plan.entry(ranks)).pin_memory(), non_blocking=True)
+        with torch.cuda.stream(self.stream):
+            self.catalogues[place].copy_(torch.tensor(plan.entry(ranks)))
+        self.stream.synchronize()
         return place
 
     def take_away(self, place: int) -> None:
-        """Free a place, behind the last step that searched there: its arrays may go then."""
-        torch.cuda.current_stream().synchronize()
+        """Free a place: its arrays may go then. Waits for the steps in flight, which may search there."""
+        torch.cuda.synchronize(self.catalogues.device)
         self.free.append(place)
 
     def _row(self, width: int) -> int:

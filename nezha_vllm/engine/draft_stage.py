@@ -111,18 +111,18 @@ class DraftStage:
         there = {row: search for row, search in enumerate(searches) if search is not None}
         if not there:
             return payload.empty(num_requests, states.device)
+        parts = []
         if self.graphs is not None:
             last_rows = [self.num_states * (row + 1) - 1 for row in range(num_requests)]
             parts = [(part, beams.clone()) for part, beams in self._launches(states, last_rows, searches)]
-            return payload.on_device(parts, num_requests, self._width(searches), self.num_states - 1)
-        hidden_NSH = states.view(num_requests, self.num_states, -1)
-        parts = []
-        for searched, part in self._by_generation(there):
-            asked = [there[row] for row in part]
-            if len(part) == num_requests:
-                return payload.pack(self._search(searched, hidden_NSH, asked), self._width(searches))
-            hidden = hidden_NSH[torch.tensor(part, device=states.device)]
-            parts.append((part, answer_of(self._search(searched, hidden, asked))))
+        else:
+            hidden_NSH = states.view(num_requests, self.num_states, -1)
+            for searched, part in self._by_generation(there):
+                asked = [there[row] for row in part]
+                if len(part) == num_requests:
+                    return payload.pack(self._search(searched, hidden_NSH, asked), self._width(searches))
+                hidden = hidden_NSH[torch.tensor(part, device=states.device)]
+                parts.append((part, answer_of(self._search(searched, hidden, asked))))
         if not parts:
             return payload.empty(num_requests, states.device)
         return payload.on_device(parts, num_requests, self._width(searches), self.num_states - 1)

@@ -59,6 +59,10 @@ class Engines:
     def __init__(self, core: Any, num_clients: int) -> None:
         self._core, self.client, self.num_clients = core, core.client_index, num_clients
 
+    @property
+    def dead(self) -> bool:
+        return getattr(self._core.resources, "engine_dead", False)
+
     async def call(self, action: str, *arguments: Any) -> list[list[Any]]:
         """Replies of ``Versions.call``, one a worker."""
         call = ("collective_rpc", "nezha_catalogue", None, (action, *arguments), None)
@@ -91,7 +95,7 @@ class Follower:
             try:
                 await self.look()
             except Exception as error:
-                if getattr(self._engines._core.resources, "engine_dead", False):
+                if self._engines.dead:
                     return
                 logger.warning("NEZHA: following the catalogue store failed, it goes on: %r", error)
 
