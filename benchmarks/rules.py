@@ -57,9 +57,10 @@ def spread(positions: Tensor) -> Tensor:
 
 def case_of(plan: Plan, requests: int, width: int, rule: Rule, segments: SegmentRanks) -> SearchCase:
     case = SearchCase(plan, requests, width)
-    case.positions, case.ranks = rule.positions, segments.ranks
-    for options_7N in case.options:
-        options_7N[3:] = torch.tensor([[rule.kind], [0], [len(rule.positions)], [rule.ranks_at]])
+    case.positions = rule.positions
+    case.catalogues = torch.tensor([plan.entry(segments.ranks)], device=segments.ranks.device)
+    for options_8N in case.options:
+        options_8N[3:7] = torch.tensor([[rule.kind], [0], [len(rule.positions)], [rule.ranks_at]])
     return case
 
 

@@ -62,10 +62,12 @@ class SearchCase:
         self.hidden_NSH = torch.randn(shape, device=device).to(plan.weights.dtype)
         self.work = Workspace(plan, self.step * self.bucket, self.step, [self.bucket])
         self.out = torch.zeros(requests, 2 + self.bucket * (1 + levels), dtype=torch.int32, device=device)
-        options = torch.tensor([[width], [int(stepwise)], [1], [0], [0], [0], [-1]], dtype=torch.int32, device=device)
+        options = torch.tensor(
+            [[width], [int(stepwise)], [1], [0], [0], [0], [-1], [0]], dtype=torch.int32, device=device
+        )
         self.options = [options.repeat(1, len(part)) for part in self.hidden_NSH.split(self.step)]
         self.positions: Tensor | None = None
-        self.ranks: Tensor | None = None
+        self.catalogues: Tensor | None = None
 
     def one_launch(self) -> None:
         """Search the first ``step`` requests."""
@@ -77,8 +79,8 @@ class SearchCase:
 
     def _search(self, number: int) -> None:
         part = slice(number * self.step, (number + 1) * self.step)
-        options_7N, out = self.options[number], self.out[part]
-        self.plan.search(self.work, self.hidden_NSH[part], options_7N, out, self.bucket, self.positions, self.ranks)
+        arrays = self.options[number], self.out[part], self.bucket, self.positions, self.catalogues
+        self.plan.search(self.work, self.hidden_NSH[part], *arrays)
 
     def geometry(self, level: int) -> tuple[int, int]:
         """Groups a row and their fan, as `select_beams` takes them."""

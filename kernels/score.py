@@ -3,14 +3,14 @@
 import triton
 import triton.language as tl
 
-from .validity import has_child, rule_of
+from .validity import catalogue_of, has_child, rule_of
 
 
-@triton.jit(do_not_specialize=["num_requests"], do_not_specialize_on_alignment=["counts"])
+@triton.jit(do_not_specialize=["num_requests", "words", "level"], do_not_specialize_on_alignment=["counts"])
 def score_children(
-    logits, bias, scores, prefixes, lows, highs, asked, positions, ranks, counts, keys, table,
+    logits, bias, scores, prefixes, lows, highs, asked, positions, counts, catalogues,
     log_probs, maxima, group_maxima,
-    num_requests, logit_stride, bias_stride, size, suffix, groups,
+    num_requests, logit_stride, bias_stride, size, suffix, groups, words, level,
     K: tl.constexpr, ROOT: tl.constexpr, IN_TABLE: tl.constexpr,
     BLOCK: tl.constexpr, FAN: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,11 @@ def score_children(
         log_p = tl.where(log_p == log_p, log_p + 0.0, float("-inf"))
         if tl.load(asked + num_requests + request) != 0:
             prefix = tl.load(prefixes + row)
-            low, high = tl.load(lows + row), tl.load(highs + row)
+            keys, num_keys, ranks, table = catalogue_of(asked, num_requests, request, catalogues, words, level)
+            if ROOT:  # no code yet: every key is below it
+                low, high = num_keys * 0, num_keys
+            else:
+                low, high = tl.load(lows + row), tl.load(highs + row)
             inside = tl.minimum(codes, size - 1)
             rule, begin, end, ranks_at = rule_of(asked, num_requests, request)
             valid = has_child(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .order import DEAD, ordered, ordered_at, places, threshold
-from .validity import any_eligible, child_range, rule_of
+from .validity import any_eligible, catalogue_of, child_range, rule_of
 
 
 @triton.jit
@@ -51,13 +51,13 @@ def gather(source, scores, chosen, count, values, row_size, stage, FAN: tl.const
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["num_requests"], do_not_specialize_on_alignment=["counts"])
+@triton.jit(do_not_specialize=["num_requests", "words"], do_not_specialize_on_alignment=["counts"])
 def select_beams(
     log_probs, maxima, group_maxima, chosen, values,
     counts, scores, prefixes, lows, highs, history,
     new_counts, new_scores, new_prefixes, new_lows, new_highs, new_history, parents, codes,
-    asked, positions, ranks, keys, table, out,
-    num_requests, size, suffix, groups, rows, out_stride,
+    asked, positions, catalogues, out,
+    num_requests, size, suffix, groups, rows, out_stride, words,
     K: tl.constexpr, L: tl.constexpr, LEVEL: tl.constexpr, IN_TABLE: tl.constexpr, FAN: tl.constexpr,
     BLOCK: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def select_beams(
 
     Beams are rows [N · K] of counts [N], scores, prefixes, lows and highs (the keys below a prefix), history [N · K, L]
     (log p of each level so far); ``new_*`` are those of the children, with their parents and codes. asked int32
-    [7, N], positions and ranks are those of `Plan.search`.
+    [8, N], positions and catalogues are those of `Plan.search`.
     BLOCK values are looked at in one go; ONE says that there are never more. ``chosen`` int32 [4, rows] and ``values``
     float32 [N · K · FAN] are scratch.
     At the last level ``out`` int32 [N, 2 + K · (1 + L)] gets how many beams are items, how many were finished, and
@@ -108,8 +108,12 @@ def select_beams(
     tl.store(new_scores + first + beam, total, mask=alive)
     tl.store(new_history + (first + beam) * L + LEVEL, log_p, mask=alive)
     child = tl.load(prefixes + parent, mask=alive, other=0) * size + code
-    low = tl.load(lows + parent, mask=alive, other=0)
-    high = tl.load(highs + parent, mask=alive, other=0)
+    keys, num_keys, ranks, table = catalogue_of(asked, num_requests, request, catalogues, words, LEVEL)
+    if LEVEL == 0:  # the root: no code yet, so every key is below it
+        low, high = tl.zeros_like(beam), num_keys + tl.zeros_like(beam)
+    else:
+        low = tl.load(lows + parent, mask=alive, other=0)
+        high = tl.load(highs + parent, mask=alive, other=0)
     low, high = child_range(keys, table, child, low, high, suffix, alive, IN_TABLE)
     tl.store(new_prefixes + first + beam, child, mask=alive)
     tl.store(new_lows + first + beam, low, mask=alive)

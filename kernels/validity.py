@@ -22,8 +22,23 @@ def lower_bound(keys, low, high, target):
 
 
 @triton.jit
+def catalogue_of(asked, num_requests, request, catalogues, words, level):
+    """Keys, how many there are, ranks, and this level's table, of the catalogue that a request is searched in.
+
+    ``catalogues`` int64 [catalogues, words] has addresses, see `triton_search.Plan.entry`: launches that were captured
+    in a CUDA graph search in catalogues that come later.
+    """
+    line = catalogues + tl.load(asked + 7 * num_requests + request) * words
+    keys = tl.load(line).to(tl.pointer_type(tl.int64))
+    num_keys = tl.load(line + 1).to(tl.int32)
+    ranks = tl.load(line + 2).to(tl.pointer_type(tl.int32))
+    table = tl.load(line + 3 + level).to(tl.pointer_type(tl.int32))
+    return keys, num_keys, ranks, table
+
+
+@triton.jit
 def rule_of(asked, num_requests, request):
-    """A request's rule, where its positions begin and end, and its ranks, of the options [7, N] of `Plan.search`."""
+    """A request's rule, where its positions begin and end, and its ranks, of the options [8, N] of `Plan.search`."""
     line = asked + 3 * num_requests + request
     rule, begin, end = tl.load(line), tl.load(line + num_requests), tl.load(line + 2 * num_requests)
     return rule, begin, end, tl.load(line + 3 * num_requests)

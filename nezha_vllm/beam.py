@@ -5,6 +5,7 @@ Behind it stand the Triton kernels on GPUs and the PyTorch reference everywhere 
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from itertools import accumulate
@@ -61,6 +62,13 @@ class BeamSearch:
         else:
             self.code_drives = head.code_drives()
 
+    def over(self, keys_M: Tensor) -> BeamSearch:
+        """The same head bound to another catalogue of the same levels; what was made of the head is shared."""
+        other = copy.copy(self)
+        other.keys_M = keys_M
+        other.plan = None if self.plan is None else self.plan.over(keys_M)
+        return other
+
     def __call__(
         self,
         hidden_NSH: Tensor,
@@ -113,11 +121,14 @@ class BeamSearch:
                     ranks_at[-1] = sum(map(len, ranks))
                     ranks.append(rule.ranks)
             ends = list(accumulate(map(len, lists)))
-            rows = [widths, [int(flag) for flag in stepwise], [1] * len(widths), kinds, [0, *ends[:-1]], ends, ranks_at]
-            options_7N = torch.tensor(rows, dtype=torch.int32, device=hidden_NSH.device)
-            out = options_7N.new_empty(len(widths), 2 + bucket * (1 + num_levels))
-            lists_and_ranks = torch.cat(lists).int(), torch.cat(ranks).int()
-            plan.search(work, hidden_NSH.contiguous(), options_7N, out, bucket, *lists_and_ranks)
+            ones, zeros = [1] * len(widths), [0] * len(widths)
+            flags = [int(flag) for flag in stepwise]
+            rows = [widths, flags, ones, kinds, [0, *ends[:-1]], ends, ranks_at, zeros]
+            options_8N = torch.tensor(rows, dtype=torch.int32, device=hidden_NSH.device)
+            out = options_8N.new_empty(len(widths), 2 + bucket * (1 + num_levels))
+            positions, all_ranks = torch.cat(lists).int(), torch.cat(ranks).int()
+            catalogues = torch.tensor([plan.entry(all_ranks)], device=hidden_NSH.device)
+            plan.search(work, hidden_NSH.contiguous(), options_8N, out, bucket, positions, catalogues)
             return beams_of(out, num_levels, max(widths))
 
         return search, step

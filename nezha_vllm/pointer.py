@@ -108,6 +108,15 @@ def version_folder(store: Path, name: str) -> Path:
     return folder
 
 
+def vouched_folder(store: Path, version: str, manifest: str) -> Path:
+    """Folder of the version whose manifest has the checksum ``manifest``. Raises ``CatalogueError``."""
+    folder = version_folder(store, version)
+    found = read_manifest(folder)
+    if (found["version"], found["checksum"]) != (version, manifest):
+        raise CatalogueError(f"{folder / MANIFEST} is damaged: it is not the one that {CURRENT} vouches for")
+    return folder
+
+
 def resolve(folder: str | os.PathLike[str]) -> tuple[Path, Pointer | None]:
     """The catalogue folder that a folder stands for: itself, or the current version of a store."""
     folder = Path(folder)

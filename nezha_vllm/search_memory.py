@@ -76,7 +76,6 @@ class Workspace:
             )
             for _ in range(3)
         ]
-        self.beams[0].highs.fill_(plan.num_keys)  # the root: no code yet, so every key is below it
 
     @property
     def num_bytes(self) -> int:

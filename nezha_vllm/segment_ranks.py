@@ -33,7 +33,7 @@ class SegmentRanks:
         self.bits_SB = torch.from_numpy(np.stack(bits)).to(device)
         self.first_row = torch.from_numpy(first_row.astype(np.int32)).to(device)
         self.num_items, self.size = int(first_row[-1]), len(first_row)
-        self.num_slots = max(2, min(MAX_COMBINATIONS, MAX_RANKS // self.size))
+        self.num_slots = _num_slots(self.size)
         self.ranks = torch.zeros(self.num_slots * self.size, dtype=torch.int32, device=device)
         self._slots: OrderedDict[Places, int] = OrderedDict()  # the one asked for last at the end
         self._in_use: set[Places] = set()
@@ -84,3 +84,12 @@ class SegmentRanks:
             return len(self._slots)
         oldest = next((combination for combination in self._slots if combination not in self._in_use), None)
         return None if oldest is None else self._slots.pop(oldest)
+
+
+def ranks_bytes(size: int) -> int:
+    """Of the buffer for arrays of ``size`` numbers, one more than there are semantic IDs."""
+    return 4 * size * _num_slots(size)
+
+
+def _num_slots(size: int) -> int:
+    return max(2, min(MAX_COMBINATIONS, MAX_RANKS // size))

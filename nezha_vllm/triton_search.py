@@ -6,6 +6,7 @@ last level has no next states). `Plan` holds what is fixed for a head and a cata
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,7 @@ class Plan:
         ]
         self.precision = "ieee" if self.weights.dtype == torch.float32 else "tf32"
         self._lay_out()
+        self.alone = torch.tensor([self.entry()], device=self.weights.device)
 
     def _lay_out(self) -> None:
         codec, hidden_size = self.codec, self.hidden_size
@@ -97,43 +99,69 @@ class Plan:
     def _table(self, num_prefixes: int, suffix: int) -> Tensor | None:
         if num_prefixes + 1 > max(MIN_TABLE, 2 * self.num_keys):
             return None
-        lows = torch.arange(num_prefixes + 1, device=self.keys.device) * suffix
-        return torch.searchsorted(self.keys, lows, out_int32=True)
+        return _lower_bounds(self.keys, num_prefixes, suffix)
+
+    @property
+    def table_bytes(self) -> int:
+        return sum(level.table.nbytes for level in self.levels if level.table is not None)
+
+    def over(self, keys_M: Tensor) -> Plan:
+        """The same for another catalogue of the same levels; where this one has tables, that one has them, too."""
+        other = copy.copy(self)
+        other.keys, other.num_keys = keys_M, len(keys_M)
+        other.levels = [
+            replace(
+                level, table=None if level.table is None else _lower_bounds(keys_M, len(level.table) - 1, level.suffix)
+            )
+            for level in self.levels
+        ]
+        other.alone = torch.tensor([other.entry()], device=keys_M.device)
+        return other
+
+    def entry(self, ranks: Tensor | None = None) -> list[int]:
+        """The catalogue as a line of ``catalogues`` in `search`: addresses of arrays that the caller keeps alive.
+
+        Args:
+            ranks: int32, arrays [M + 1] one behind the other, see `SegmentRanks`; None if there are no segments.
+        """
+        tables = [0 if level.table is None else level.table.data_ptr() for level in self.levels]
+        return [self.keys.data_ptr(), self.num_keys, 0 if ranks is None else ranks.data_ptr(), *tables]
 
     def search(
         self,
         work: Workspace,
         hidden_NSH: Tensor,
-        options_7N: Tensor,
+        options_8N: Tensor,
         out: Tensor,
         width: int,
         positions: Tensor | None = None,
-        ranks: Tensor | None = None,
+        catalogues: Tensor | None = None,
     ) -> None:
         """Launch the search of N requests; ``out`` int32 [N, 2 + K · (1 + L)] gets what `select_beams` describes.
 
         Args:
             hidden_NSH: contiguous, of the weights' dtype.
-            options_7N: int32, contiguous, a row an option: the beam width of each request, at most ``width``; 1 for
+            options_8N: int32, contiguous, a row an option: the beam width of each request, at most ``width``; 1 for
                 stepwise validity, 0 for final; 1 for a request, 0 for a row that is to be left out; its rule, 0 for
                 none, 1 for only the semantic IDs at positions[begin:end], 2 for all but those; begin; end; -1, or
-                with rule 2 where the ranks of its combination of segments begin, which then stands for all.
+                with rule 2 where the ranks of its combination of segments begin, which then stands for all; which of
+                the ``catalogues`` it is searched in.
             width: K, a `width_bucket`.
             positions: int32, positions among the keys, ascending within each rule; None if there are no rules.
-            ranks: int32, arrays [M + 1] one behind the other, see `SegmentRanks`; None if there are no segments.
+            catalogues: int64, a line a catalogue, as `entry` makes it; None for this plan's own without segments.
         """
-        assert options_7N.is_contiguous(), "kernels count on rows of N numbers"
-        positions = options_7N if positions is None else positions
-        ranks = options_7N if ranks is None else ranks
+        assert options_8N.is_contiguous(), "kernels count on rows of N numbers"
+        positions = options_8N if positions is None else positions
+        catalogues = self.alone if catalogues is None else catalogues
         num_requests = len(hidden_NSH)
         rows = num_requests * width
-        parents = replace(work.beams[0], counts=options_7N[2])
+        parents = replace(work.beams[0], counts=options_8N[2])
         self._request_products(work, hidden_NSH)
         for index in range(len(self.levels)):
             children = work.beams[1 + index % 2]
             if index > 0:
                 self._beam_products(work, index, rows, width, parents)
-            self._select(work, index, num_requests, width, parents, children, options_7N, positions, ranks, out)
+            self._select(work, index, num_requests, width, parents, children, options_8N, positions, catalogues, out)
             if index + 1 < len(self.levels):
                 self._states(work, index, rows, width, children)
             parents = children
@@ -231,15 +259,14 @@ class Plan:
         width: int,
         parents: BeamRows,
         children: BeamRows,
-        options_7N: Tensor,
+        options_8N: Tensor,
         positions: Tensor,
-        ranks: Tensor,
+        catalogues: Tensor,
         out: Tensor,
     ) -> None:
         level, root = self.levels[index], index == 0
         shape = self.geometry(index, width)
         fan, groups = shape.fan, shape.groups
-        table = self.keys if level.table is None else level.table
         block = max(fan * fan, triton.next_power_of_2(level.size))
         logits = work.by_request[:, level.bias :] if root else work.logits
         score_children[(num_requests if root else num_requests * width,)](
@@ -249,12 +276,10 @@ class Plan:
             parents.prefixes,
             parents.lows,
             parents.highs,
-            options_7N,
+            options_8N,
             positions,
-            ranks,
             parents.counts,
-            self.keys,
-            table,
+            catalogues,
             work.logits,
             work.maxima,
             work.group_maxima,
@@ -264,6 +289,8 @@ class Plan:
             level.size,
             level.suffix,
             groups,
+            catalogues.shape[1],
+            index,
             K=width,
             ROOT=root,
             IN_TABLE=level.table is not None,
@@ -296,11 +323,9 @@ class Plan:
             children.history,
             work.parents,
             work.codes,
-            options_7N,
+            options_8N,
             positions,
-            ranks,
-            self.keys,
-            table,
+            catalogues,
             out,
             num_requests,
             level.size,
@@ -308,6 +333,7 @@ class Plan:
             groups,
             work.chosen.shape[1],
             out.stride(0),
+            catalogues.shape[1],
             K=width,
             L=len(self.levels),
             LEVEL=index,
@@ -337,6 +363,11 @@ class Plan:
             BLOCK_H=min(2048, triton.next_power_of_2(self.hidden_size)),
             num_warps=4,
         )
+
+
+def _lower_bounds(keys_M: Tensor, num_prefixes: int, suffix: int) -> Tensor:
+    lows = torch.arange(0, (num_prefixes + 1) * suffix, suffix, device=keys_M.device)
+    return torch.searchsorted(keys_M, lows, out_int32=True)
 
 
 def _tiles(parts: Sequence[tuple[int, int, int, int, int]], height: int) -> list[list[int]]:

@@ -64,7 +64,7 @@ def test_a_search_compiles(
     plan.search(
         Workspace(plan, requests * width, requests),
         torch.zeros(requests, len(sizes) + 1, 128, dtype=dtype),
-        torch.ones(7, requests, dtype=torch.int32),
+        torch.ones(8, requests, dtype=torch.int32),
         torch.zeros(requests, 2 + width * (1 + len(sizes)), dtype=torch.int32),
         width,
     )

@@ -53,6 +53,10 @@ def launch(graphs, step: Step, options=None):
 def check(head, keys, step: Step, answers, n: int = 10, eligible=None) -> None:
     widths, rows, states = step
     got = payload.gather([(part, beams.numpy()) for part, beams in answers], len(widths), n, len(SIZES))
+    check_payload(head, keys, widths, rows, states, got, n, eligible)
+
+
+def check_payload(head, keys, widths, rows, states, got, n: int = 10, eligible=None) -> None:
     hidden = torch.stack([states[row - len(SIZES) : row + 1] for row in rows])
     modes = torch.ones(len(widths), dtype=torch.bool, device="cuda")
     expected = reference_beam_search(head, hidden, keys, torch.tensor(widths, device="cuda"), modes, eligible=eligible)
@@ -114,6 +118,49 @@ def test_combinations_of_segments_are_replaced_behind_the_steps_that_read_them(p
         torch.cuda.synchronize()
         for step, eligible, (_, answers) in pending:
             check(head, keys, step, answers, eligible=eligible)
+
+
+def test_graphs_search_in_catalogues_that_come_later(parts):
+    """Requests of two in every step, while others take the place of the one before; no graph is captured again."""
+    from nezha_vllm.engine.draft_graphs import DraftGraphs, Options
+    from nezha_vllm.triton_search import Plan
+
+    head, keys, _ = parts
+    plan = Plan(head, keys)
+    graphs = DraftGraphs(plan, 16, 64)
+    captured = dict(graphs.graphs)
+    before = 0
+    living = {0: (plan, keys)}
+    for turn in range(6):
+        others = torch.randint(0, 64**3, (500 + 7000 * (turn % 3),), device="cuda").unique()
+        other = plan.over(others)
+        assert set(living) == {0} or set(living) == {1}
+        place = graphs.put(other, None)
+        living[place] = other, others
+        pending = []
+        for seed in range(3):  # in flight together
+            rng = np.random.default_rng(10 * turn + seed)
+            widths, rows, states = make_step(rng, 16)
+            widths = [min(width, 64) for width in widths]
+            places = rng.integers(0, 2, 16).tolist()
+            options = [Options(width, True, place=at) for width, at in zip(widths, places, strict=True)]
+            pending.append(((widths, rows, states), places, launch(graphs, (widths, rows, states), options)))
+        gone = next(at for at in living if at != place)
+        graphs.take_away(gone)  # waits for the steps
+        for (widths, rows, states), places, (_, answers) in pending:
+            got = payload.gather([(part, beams.numpy()) for part, beams in answers], 16, 10, len(SIZES))
+            for at, (_, its_keys) in living.items():
+                part = [row for row, where in enumerate(places) if where == at]
+                picked = payload.HostPayload(*(values[part] for values in got))
+                check_payload(
+                    head, its_keys, [widths[row] for row in part], [rows[row] for row in part], states, picked
+                )
+        del living[gone], other, others
+        torch.cuda.synchronize()
+        if turn == 2:
+            before = torch.cuda.memory_allocated()
+    assert graphs.graphs == captured
+    assert torch.cuda.memory_allocated() < before + (1 << 19), "arrays of a catalogue that is gone are given back"
 
 
 def test_ten_thousand_requests_leave_no_memory_behind(parts):

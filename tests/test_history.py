@@ -86,7 +86,7 @@ pieces = st.sampled_from(
 )
 def test_what_is_encoded_is_what_the_tokenizer_says(kind, text):
     tokenizer, service, encoder = encoder_of(kind)
-    found = encoder.encode(text)
+    found = encoder.encode(text, service.catalogue)
     if found is None:
         return
     expanded = expand_items(text, service)
@@ -98,13 +98,14 @@ def test_what_is_encoded_is_what_the_tokenizer_says(kind, text):
 @pytest.mark.parametrize("kind", KINDS)
 @given(st.lists(st.sampled_from(["<item:1>", "<item:b c>", "<a_0>", "<c_10>"]), min_size=1, max_size=19).map("".join))
 def test_histories_of_known_items_and_codes_need_no_tokenizer(kind, text):
-    assert encoder_of(kind)[2].encode(text) is not None
+    _, service, encoder = encoder_of(kind)
+    assert encoder.encode(text, service.catalogue) is not None
 
 
 @pytest.mark.parametrize("text", ["<item:unknown>", "<a_3>", "<item:x<a_9>>", "<item:1><item:\ud800>"])
 def test_what_is_refused_is_left_to_the_path_with_the_errors(text):
     _, service, encoder = encoder_of("bytes")
-    assert encoder.encode(text) is None
+    assert encoder.encode(text, service.catalogue) is None
     with pytest.raises(VLLMValidationError):
         expand_items(text, service)
 

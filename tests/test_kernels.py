@@ -27,7 +27,7 @@ from nezha_vllm.kernels.order import places, threshold  # noqa: E402
 
 from nezha_vllm import triton_search  # noqa: E402
 from nezha_vllm.search_memory import Workspace, width_bucket  # noqa: E402
-from nezha_vllm.triton_search import Plan  # noqa: E402
+from nezha_vllm.triton_search import ALL, ALL_BUT, Plan  # noqa: E402
 
 
 @triton.jit
@@ -65,9 +65,11 @@ class Case:
         """Through the kernels; ``left_out`` rows at the end belong to no request."""
         plan, bucket, count = Plan(self.head, self.keys_M), width_bucket(max(self.widths)), len(self.widths)
         rows = [self.widths, [int(flag) for flag in self.stepwise], [1] * (count - left_out) + [0] * left_out]
-        options_7N = torch.tensor([*rows, *[[0] * count] * 3, [-1] * count], dtype=torch.int32, device=DEVICE)
+        nothing = [0] * count
+        rows += [nothing, nothing, nothing, [-1] * count, nothing]
+        options_8N = torch.tensor(rows, dtype=torch.int32, device=DEVICE)
         out = torch.full((count, 2 + bucket * (1 + self.head.num_levels)), 123456, dtype=torch.int32, device=DEVICE)
-        plan.search(Workspace(plan, count * bucket, count), self.hidden_NSH, options_7N, out, bucket)
+        plan.search(Workspace(plan, count * bucket, count), self.hidden_NSH, options_8N, out, bucket)
         assert not (out == 123456).any(), "every word of the answer is written"
         return beam.beams_of(out, self.head.num_levels, bucket)
 
@@ -226,6 +228,35 @@ def test_the_door_takes_the_kernels_and_cuts_large_batches(monkeypatch):
     assert search.plan is not None
     monkeypatch.setattr(triton_search, "MAX_ROWS", 64)  # two requests a launch
     assert_same(search(case.hidden_NSH, case.widths, case.stepwise), case.reference())
+
+
+@pytest.mark.parametrize("tables", [True, False], ids=["tables", "binary search"])
+def test_requests_of_one_launch_search_in_catalogues_of_their_own(monkeypatch, tables):
+    """One that the launch began with, and one of another size that came later, with a combination of segments."""
+    if not tables:
+        monkeypatch.setattr(triton_search.Plan, "_table", lambda *_: None)
+    case = make((16, 24, 32), 900, [30, 12, 30, 20], [True, True, False, True])
+    other = make((16, 24, 32), 2500, case.widths, case.stepwise, seed=1)
+    others = Case(case.head, other.keys_M, case.hidden_NSH, case.widths, case.stepwise)
+    count = len(other.keys_M)
+    ranks = (torch.arange(count + 1, device=DEVICE) // 3).int()
+    some = Eligible(torch.arange(0, device=DEVICE), only=False, ranks=ranks)
+    others.rules = [None, None, None, some]
+    plan = Plan(case.head, case.keys_M)
+    later = plan.over(other.keys_M)
+    assert [level.table is None for level in later.levels] == [not tables] * 3
+    catalogues = torch.tensor([plan.entry(), later.entry(ranks)], device=DEVICE)
+    nothing, kinds = [0] * 4, [ALL, ALL, ALL, ALL_BUT]
+    flags, places = [int(flag) for flag in case.stepwise], [0, 1, 1, 1]
+    rows = [case.widths, flags, [1] * 4, kinds, nothing, nothing, [-1, -1, -1, 0], places]
+    options_8N = torch.tensor(rows, dtype=torch.int32, device=DEVICE)
+    out = torch.zeros(4, 2 + 32 * 4, dtype=torch.int32, device=DEVICE)
+    plan.search(Workspace(plan, 128, 4), case.hidden_NSH, options_8N, out, 32, catalogues=catalogues)
+    for request, of_it in enumerate([case, others, others, others]):
+        rule = None if of_it.rules is None else [of_it.rules[request]]
+        states, asked = case.hidden_NSH[request : request + 1], ([case.widths[request]], [case.stepwise[request]])
+        alone = Case(case.head, of_it.keys_M, states, *asked, rule)
+        assert_same(beam.beams_of(out[request : request + 1], 3, case.widths[request]), alone.reference())
 
 
 @pytest.mark.parametrize("tables", [True, False], ids=["tables", "binary search"])

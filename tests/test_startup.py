@@ -195,6 +195,17 @@ def test_a_server_starts_from_the_current_version_of_a_store(broken: Path, tmp_p
     store.rollback()
     with pytest.raises(ValueError, match="replaced meanwhile"):
         settings.check_version(load_keys(settings.catalogue)[1])
+    assert load_keys(settings.start_folder).version == "two", "the processes of a server start with the same"
+    assert settings.follows
+    pinned = configure(broken, additional_config={"nezha": {"catalogue_version": "two"}})
+    assert service_of(pinned.model_config).catalogue.version == "two"
+    assert not ServerSettings.from_vllm(pinned).follows, "who asks for a version stays with it"
+
+
+@pytest.mark.parametrize("seconds", [-1, 0.01, True, "5", float("inf"), float("nan"), None])
+def test_how_often_a_store_is_looked_at_must_be_a_number_of_seconds(checkpoint: Path, seconds: Any) -> None:
+    with pytest.raises(ValueError, match=r"catalogue_poll_seconds is .* must be 0 or at least 0\.1"):
+        configure(checkpoint, additional_config={"nezha": {"catalogue_poll_seconds": seconds}})
 
 
 def with_template(checkpoint: Path, single: list[str], added: dict[str, int]) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from packaging.version import Version
 
 from nezha_vllm.engine.cpu_cores import share_cores
+from nezha_vllm.engine.settings import POLL_SECONDS
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
@@ -78,7 +79,7 @@ class NezhaConfigHook:
 
 
 def pin_catalogue(vllm_config: VllmConfig, version: str | None) -> None:
-    """Let whatever reads the catalogue for this configuration accept only ``version``; the user's own pin stays.
+    """Let whatever reads the catalogue for this configuration start with ``version``; the user's own pin stays.
 
     Engines receive the configuration. Of several API processes each makes it anew, and would read another version than
     the engines if one was published meanwhile: they hear of the engines' version through the environment.
@@ -86,7 +87,9 @@ def pin_catalogue(vllm_config: VllmConfig, version: str | None) -> None:
     additional = dict(vllm_config.additional_config or {})
     options = additional.get("nezha", {})
     if version is not None and isinstance(options, dict) and options.get("catalogue_version") is None:
-        vllm_config.additional_config = {**additional, "nezha": {**options, "catalogue_version": version}}
+        poll = options.get("catalogue_poll_seconds", POLL_SECONDS)  # it is not the user who pins
+        pinned = {**options, "catalogue_version": version, "catalogue_poll_seconds": poll}
+        vllm_config.additional_config = {**additional, "nezha": pinned}
 
 
 def check_vllm_version() -> None:

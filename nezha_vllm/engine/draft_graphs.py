@@ -23,7 +23,8 @@ logger = logging.getLogger("vllm.nezha")
 
 RING = 4  # steps whose buffers may be in use: two in flight, and room to spare
 MAX_POSITIONS = 1 << 20  # semantic IDs in the rules of one step, 4 MB
-OPTIONS = 7  # numbers a request: see `Plan.search`
+OPTIONS = 8  # numbers a request: see `Plan.search`
+PLACES = 2  # for catalogues: one in use and one that takes over
 WIDTHS = (16, 64, 256, 512, 1024, 2048, 4096)  # each costs compilation once, and at start-up a graph a batch size
 
 
@@ -41,7 +42,7 @@ class Launch:
 class Options:
     """What a request asks of its search; ``positions`` int32 belong to its ``rule``.
 
-    ``ranks_at`` is where the ranks of its combination of segments begin, -1 without one.
+    ``ranks_at`` is where the ranks of its combination of segments begin, -1 without one. ``place`` is the catalogue's.
     """
 
     width: int
@@ -49,6 +50,7 @@ class Options:
     rule: int = ALL
     positions: np.ndarray | None = None
     ranks_at: int = -1
+    place: int = 0
 
 
 @dataclass
@@ -64,13 +66,15 @@ class DraftGraphs:
         max_requests: most requests of a step.
         max_width: widest beam a request may ask for, at most 4,096.
         ranks: of `SegmentRanks`; None if the catalogue has no segments.
+
+    Graphs read where a catalogue lies from device memory, so they search in one that comes later, too: ``put`` it in a
+    place, and name the place in the options of its requests.
     """
 
     room_for_positions = MAX_POSITIONS  # of the rules of a step, together
 
     def __init__(self, plan: Plan, max_requests: int, max_width: int, ranks: Tensor | None = None) -> None:
-        self.ranks = ranks
-        self.plan, self.num_levels = plan, plan.codec.num_levels
+        self.num_levels = plan.codec.num_levels
         self.widths = [width for width in WIDTHS if width < max_width]
         self.widths.append(next(width for width in WIDTHS if width >= max_width))
         sizes = [1 << bit for bit in range(10) if 1 << bit < 2 * max_requests]
@@ -81,7 +85,10 @@ class DraftGraphs:
         most = max(size for size, _ in shapes)
         self.workspace = Workspace(plan, max(size * width for size, width in shapes), most, self.widths)
         self.hidden_NSH = torch.zeros(most, self.num_states, hidden_size, dtype=plan.weights.dtype, device=device)
-        self.options_7N = torch.zeros(OPTIONS, most, dtype=torch.int32, device=device)
+        self.options_8N = torch.zeros(OPTIONS, most, dtype=torch.int32, device=device)
+        lines = [plan.entry(ranks)] * PLACES
+        self.catalogues = torch.tensor(lines, device=device)
+        self.free = list(range(1, PLACES))
         self.positions = torch.zeros(MAX_POSITIONS, dtype=torch.int32, device=device)
         self.out = torch.zeros(max(size * self._row(width) for size, width in shapes), dtype=torch.int32, device=device)
         # a step's requests, each launch rounded up to its size: fewer than twice as many, and one launch a width more
@@ -101,24 +108,39 @@ class DraftGraphs:
         gc.collect()
         gc.disable()
         try:
-            self.graphs = {shape: self._capture(*shape) for shape in sorted(shapes, reverse=True)}
+            self.graphs = {shape: self._capture(plan, *shape) for shape in sorted(shapes, reverse=True)}
         finally:
             if collecting:
                 gc.enable()
+        # what the graphs read of the head; the arrays of the catalogue may go before them
+        self._head = [plan.weights, *plan.code_drives, plan.few_tiles, plan.tiles]
+
+    def put(self, plan: Plan, ranks: Tensor | None) -> int:
+        """Let graphs search in another catalogue, too; its place. Steps in flight do not look there."""
+        place = self.free.pop()
+        with torch.cuda.stream(self.stream):
+            self.catalogues[place].copy_(torch.tensor(plan.entry(ranks)))
+        self.stream.synchronize()
+        return place
+
+    def take_away(self, place: int) -> None:
+        """Free a place: its arrays may go then. Waits for the steps in flight, which may search there."""
+        torch.cuda.synchronize(self.catalogues.device)
+        self.free.append(place)
 
     def _row(self, width: int) -> int:
         return 2 + width * (1 + self.num_levels)
 
-    def _capture(self, size: int, width: int) -> _Graph:
+    def _capture(self, plan: Plan, size: int, width: int) -> _Graph:
         out = self.out[: size * self._row(width)].view(size, self._row(width))
-        options_7N = self.options_7N.view(-1)[: OPTIONS * size].view(OPTIONS, size)
+        options_8N = self.options_8N.view(-1)[: OPTIONS * size].view(OPTIONS, size)
 
         def search() -> None:
-            self.plan.search(self.workspace, self.hidden_NSH[:size], options_7N, out, width, self.positions, self.ranks)
+            plan.search(self.workspace, self.hidden_NSH[:size], options_8N, out, width, self.positions, self.catalogues)
 
         # with real numbers, which the kernels' loops depend on: all beams of random states
         self.hidden_NSH.normal_()
-        options_7N.zero_()[:3].fill_(1)[0].fill_(width)
+        options_8N.zero_()[:3].fill_(1)[0].fill_(width)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             search()  # compiles
@@ -164,7 +186,16 @@ class DraftGraphs:
                 if asked.positions is not None:
                     used += len(asked.positions)
                     positions[begin:used] = asked.positions
-                options[:, place] = (asked.width, asked.stepwise, 1, asked.rule, begin, used, asked.ranks_at)
+                options[:, place] = (
+                    asked.width,
+                    asked.stepwise,
+                    1,
+                    asked.rule,
+                    begin,
+                    used,
+                    asked.ranks_at,
+                    asked.place,
+                )
                 states[place] = np.arange(last + 1 - self.num_states, last + 1)
         self.staging[:end].copy_(host[:end], non_blocking=True)
         if used:
@@ -173,7 +204,7 @@ class DraftGraphs:
     def run(self, launch: Launch, states: Tensor) -> Tensor:
         """Beams of a staged launch, int32 [requests, 2 + K · (1 + L)], until the next launch overwrites them."""
         staged = self.staging[launch.start : launch.start + launch.size * (self.num_states + OPTIONS)]
-        self.options_7N.view(-1)[: OPTIONS * launch.size].copy_(staged[: OPTIONS * launch.size])
+        self.options_8N.view(-1)[: OPTIONS * launch.size].copy_(staged[: OPTIONS * launch.size])
         hidden = self.hidden_NSH[: launch.size].view(-1, self.hidden_NSH.shape[2])
         torch.index_select(states, 0, staged[OPTIONS * launch.size :], out=hidden)
         captured = self.graphs[launch.size, launch.width]

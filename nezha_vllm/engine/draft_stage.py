@@ -14,10 +14,13 @@ from vllm.config import VllmConfig
 from nezha_vllm import payload
 from nezha_vllm.beam import BeamSearch, answer_of
 from nezha_vllm.catalogue import load_keys
-from nezha_vllm.draft_head import Beams, DraftHead, Eligible
+from nezha_vllm.draft_head import Beams, DraftHead
+from nezha_vllm.engine.searched import Searched, read_beside
 from nezha_vllm.engine.settings import ServerSettings
 from nezha_vllm.engine.stage_clock import StageClock, recorded_event, seconds_between, timed
-from nezha_vllm.segment_ranks import Places, SegmentRanks
+from nezha_vllm.engine.versions import Versions
+from nezha_vllm.generation import FIRST, Generation
+from nezha_vllm.segment_ranks import Places
 
 if TYPE_CHECKING:
     from nezha_vllm.engine.draft_graphs import DraftGraphs, Options
@@ -36,6 +39,7 @@ class Search:
     positions: bytes | None = None
     all_of: Sequence[int] = ()  # places of the segments that its items are in
     none_of: Sequence[int] = ()  # and of those that they are not in
+    generation: str = FIRST  # of the catalogue that all these numbers belong to
 
     @property
     def listed(self) -> np.ndarray:
@@ -47,14 +51,19 @@ class Search:
         """Of segments; None for all items."""
         return (tuple(self.all_of), tuple(self.none_of)) if self.all_of or self.none_of else None
 
-    def options(self, ranks_at: int) -> Options:
-        """The same for a launch on a GPU; ``ranks_at`` is where the ranks of its combination are, -1 without one."""
+    def options(self, ranks_at: int, place: int) -> Options:
+        """The same for a launch on a GPU.
+
+        Args:
+            ranks_at: where the ranks of its combination are, -1 without one.
+            place: of its generation among the graphs' catalogues.
+        """
         from nezha_vllm.engine.draft_graphs import Options
         from nezha_vllm.triton_search import ALL, ALL_BUT, ONLY
 
         if self.positions is None and ranks_at < 0:
-            return Options(self.beam_width, self.stepwise, ALL)
-        return Options(self.beam_width, self.stepwise, ONLY if self.only else ALL_BUT, self.listed, ranks_at)
+            return Options(self.beam_width, self.stepwise, ALL, place=place)
+        return Options(self.beam_width, self.stepwise, ONLY if self.only else ALL_BUT, self.listed, ranks_at, place)
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None) -> Search | None:
@@ -67,24 +76,25 @@ class DraftStage:
     """Runs the beam search over the catalogue that the server's settings name."""
 
     def __init__(self, head: DraftHead, vllm_config: VllmConfig) -> None:
-        settings = ServerSettings.from_vllm(vllm_config)
-        codec, version, keys, segments, first_row = load_keys(settings.catalogue)
-        settings.check_version(version)
-        assert codec.codebook_sizes == head.codebook_sizes, "the config hook compares them at start-up"
+        self.settings = settings = ServerSettings.from_vllm(vllm_config)
+        keys = load_keys(settings.start_folder)
+        settings.check_version(keys.version)
+        assert keys.codec.codebook_sizes == head.codebook_sizes, "the config hook compares them at start-up"
         self.num_states = head.num_levels + 1
-        device = head.logit_heads[0].weight.device
-        self.clock = StageClock(on_gpu=device.type == "cuda")
-        self.beam_search = BeamSearch(head, torch.from_numpy(keys).to(device))
-        self.segments: SegmentRanks | None = None
-        if segments is not None and first_row is not None:
-            self.segments = SegmentRanks(segments.bits, first_row, device)
+        self.device = head.logit_heads[0].weight.device
+        self.clock = StageClock(on_gpu=self.device.type == "cuda")
+        parallel = vllm_config.parallel_config
+        self.workers_here = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
+        first = Searched(BeamSearch(head, torch.from_numpy(keys.keys).to(self.device)), keys)
+        self.versions = Versions(first, self._read)
         self.graphs: DraftGraphs | None = None
-        if self.beam_search.plan is not None and head.logit_heads[0].weight.is_cuda:
+        plan = first.beam_search.plan
+        if plan is not None and self.device.type == "cuda":
             from nezha_vllm.engine.draft_graphs import DraftGraphs
 
             most = vllm_config.scheduler_config.max_num_seqs
-            ranks = None if self.segments is None else self.segments.ranks
-            self.graphs = DraftGraphs(self.beam_search.plan, most, settings.max_beam_width, ranks)
+            ranks = None if first.segments is None else first.segments.ranks
+            first.graphs = self.graphs = DraftGraphs(plan, most, settings.max_beam_width, ranks)
 
     def widen(self, last_N: Tensor) -> Tensor:
         """Rows of the L + 1 states of each request from the row of its last token, [N] → [N · (L + 1)]."""
@@ -101,23 +111,24 @@ class DraftStage:
         """
         self._new_step()
         num_requests = len(searches)
-        rows = [row for row, search in enumerate(searches) if search is not None]
-        if not rows:
+        there = {row: search for row, search in enumerate(searches) if search is not None}
+        if not there:
             return payload.empty(num_requests, states.device)
+        parts = []
         if self.graphs is not None:
             last_rows = [self.num_states * (row + 1) - 1 for row in range(num_requests)]
-            parts = [(rows, beams.clone()) for rows, beams in self._launches(states, last_rows, searches)]
-            return payload.on_device(parts, num_requests, self._width(searches), self.num_states - 1)
-        active = [search for search in searches if search is not None]
-        hidden_NSH = states.view(num_requests, self.num_states, -1)
-        if len(rows) < num_requests:
-            hidden_NSH = hidden_NSH[torch.tensor(rows, device=states.device)]
-        beams = self._search(hidden_NSH, active)
-        packed = payload.pack(beams, self._width(searches))
-        if len(rows) == num_requests:
-            return packed
-        target = torch.tensor(rows, device=states.device)
-        return payload.Payload(*(_scatter(tensor, target, num_requests) for tensor in packed))
+            parts = [(part, beams.clone()) for part, beams in self._launches(states, last_rows, searches)]
+        else:
+            hidden_NSH = states.view(num_requests, self.num_states, -1)
+            for searched, part in self._by_generation(there):
+                asked = [there[row] for row in part]
+                if len(part) == num_requests:
+                    return payload.pack(self._search(searched, hidden_NSH, asked), self._width(searches))
+                hidden = hidden_NSH[torch.tensor(part, device=states.device)]
+                parts.append((part, answer_of(self._search(searched, hidden, asked))))
+        if not parts:
+            return payload.empty(num_requests, states.device)
+        return payload.on_device(parts, num_requests, self._width(searches), self.num_states - 1)
 
     def run(self, states: Tensor, last_rows: Sequence[int], searches: Sequence[Search | None]) -> Pending:
         """The same, on its way to the host: enqueues everything on the current stream and waits for nothing.
@@ -142,47 +153,56 @@ class DraftStage:
         assert self.graphs is not None
         there, options, apart, room = [], [], [], self.graphs.room_for_positions
         for row, search in enumerate(searches):
-            if search is None:
+            searched = None if search is None else self._searched(search)
+            if search is None or searched is None:
                 continue
-            ranks_at = self._ranks_at(search)
+            ranks_at = searched.ranks_at(search)
             if ranks_at is None or room < len(search.listed):
-                apart.append((row, search))  # a million IDs or a buffer of combinations in a step: late, not never
+                apart.append((row, search, searched))  # a million IDs or a buffer of combinations: late, not never
             else:
                 room -= len(search.listed)
                 there.append(row)
-                options.append(search.options(ranks_at))
+                options.append(search.options(ranks_at, searched.place))
         launches = self.graphs.launches([asked.width for asked in options])
         self.graphs.stage(launches, [int(last_rows[row]) for row in there], options)
         for launch in launches:
             yield [there[row] for row in launch.rows], self.graphs.run(launch, states)
-        for row, search in apart:
+        for row, search, searched in apart:
             last = int(last_rows[row])
             hidden_1SH = states[last + 1 - self.num_states : last + 1][None]
-            yield [row], answer_of(self._search(hidden_1SH, [search], kernels=False))
+            yield [row], answer_of(self._search(searched, hidden_1SH, [search], kernels=False))
 
-    def _search(self, hidden_NSH: Tensor, searches: Sequence[Search], kernels: bool = True) -> Beams:
+    def _search(
+        self, searched: Searched, hidden_NSH: Tensor, searches: Sequence[Search], kernels: bool = True
+    ) -> Beams:
         widths, stepwise = [search.beam_width for search in searches], [search.stepwise for search in searches]
-        return self.beam_search(hidden_NSH, widths, stepwise, [self._rule(search) for search in searches], kernels)
+        rules = [searched.rule(search) for search in searches]
+        return searched.beam_search(hidden_NSH, widths, stepwise, rules, kernels)
+
+    def _by_generation(self, there: Mapping[int, Search]) -> Iterator[tuple[Searched, list[int]]]:
+        """The rows of each generation that some of the requests belong to."""
+        parts: dict[str, list[int]] = {}
+        for row, search in there.items():
+            parts.setdefault(search.generation, []).append(row)
+        for part in parts.values():
+            searched = self._searched(there[part[0]])
+            if searched is not None:
+                yield searched, part
+
+    def _searched(self, search: Search) -> Searched | None:
+        """None if its generation is gone: only a request that was aborted outlives it, and nobody reads its row."""
+        return self.versions.find(search.generation)
+
+    def _read(self, generation: Generation) -> Searched:
+        beside = next(iter(self.versions))
+        stream = None if self.graphs is None else self.graphs.stream
+        searched = read_beside(self.settings.catalogue, generation, beside.beam_search, self.workers_here, stream)
+        searched.graphs = self.graphs
+        return searched
 
     def _new_step(self) -> None:
-        if self.segments is not None:
-            self.segments.new_step()
-
-    def _ranks_at(self, search: Search) -> int | None:
-        """Where the ranks of its combination are: -1 without one, None if the step's others fill the buffer."""
-        if search.combination is None:
-            return -1
-        assert self.segments is not None, "the API process has the same catalogue"
-        return self.segments.place(search.combination)
-
-    def _rule(self, search: Search) -> Eligible | None:
-        if search.positions is None and search.combination is None:
-            return None
-        positions = torch.from_numpy(search.listed.astype(np.int64)).to(self.beam_search.keys_M.device)
-        if search.combination is None:
-            return Eligible(positions, search.only)
-        assert self.segments is not None, "the API process has the same catalogue"
-        return Eligible(positions, search.only, self.segments.array(search.combination))
+        for searched in self.versions:
+            searched.new_step()
 
     def _width(self, searches: Sequence[Search | None]) -> int:
         return max((search.num_ids for search in searches if search is not None), default=0)
@@ -204,7 +224,3 @@ class Pending:
         answers = [(rows, beams.numpy()) for rows, beams in self.parts]
         gathered = payload.gather(answers, self.num_requests, self.width, self.num_levels)
         return payload.with_seconds(gathered, seconds_between(self.began, self.event))
-
-
-def _scatter(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, rows, values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from nezha_vllm.engine.catalogue_rpc import CatalogueRpc
 from nezha_vllm.engine.runner_v1 import NezhaRunnerMixin
 
 
@@ -12,7 +13,7 @@ class NezhaGPUModelRunner(NezhaRunnerMixin, GPUModelRunner):
     pass
 
 
-class NezhaGPUWorker(Worker):
+class NezhaGPUWorker(CatalogueRpc, Worker):
     def init_device(self) -> None:
         super().init_device()
         if not self.use_v2_model_runner:

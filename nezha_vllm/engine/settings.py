@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nezha_vllm.config import MAX_BEAM_WIDTH, SHARED_ID_POLICIES, VALIDITY_MODES, NezhaConfig
+from nezha_vllm.pointer import is_store, version_folder
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-OPTIONS = ("catalogue", "catalogue_version", "beam_width", "max_beam_width", "validity", "shared_ids", "lean_step")
+OPTIONS = (
+    "catalogue", "catalogue_version", "catalogue_poll_seconds", "beam_width", "max_beam_width", "validity",
+    "shared_ids", "lean_step",
+)  # fmt: skip
+POLL_SECONDS, MIN_POLL_SECONDS = 5.0, 0.1
 
 
 @dataclass(frozen=True)
@@ -20,11 +25,14 @@ class ServerSettings:
 
     ``catalogue_version`` is the only version the server may start with, None for any. The config hook sets it to the
     one it read, so that engine and API processes, which read the folder one after the other, cannot differ.
+    ``catalogue_poll_seconds`` is how often the pointer of a store is looked at, 0 for never: the default where the user
+    asked for a version.
     ``lean_step`` allows the steps of ``engine/lean_step.py``, a matter of the server alone.
     """
 
     catalogue: Path
     catalogue_version: str | None
+    catalogue_poll_seconds: float
     beam_width: int
     max_beam_width: int
     validity: str
@@ -60,9 +68,22 @@ class ServerSettings:
         values["lean_step"] = options.get("lean_step", True)
         if not isinstance(values["lean_step"], bool):
             raise ValueError(f"lean_step is {values['lean_step']!r}, must be true or false")
+        values["catalogue_poll_seconds"] = _poll_seconds(options)
         model = vllm_config.model_config.model
         values["catalogue"] = _resolve(str(values["catalogue"]), model, vllm_config.model_config.revision)
         return cls(**values)
+
+    @property
+    def start_folder(self) -> Path:
+        """What to start from: of a store the version asked for, also where another one is current by now."""
+        if self.catalogue_version is None or not is_store(self.catalogue):
+            return self.catalogue
+        return version_folder(self.catalogue, self.catalogue_version)
+
+    @property
+    def follows(self) -> bool:
+        """Whether versions that are published while the server runs are taken up."""
+        return self.catalogue_poll_seconds > 0 and is_store(self.catalogue)
 
     def check_version(self, found: str) -> None:
         """Raise ``ValueError`` if the catalogue's folder holds another version than the one to start with."""
@@ -71,6 +92,14 @@ class ServerSettings:
                 f"catalogue {self.catalogue} is version {found}, but the server is to start with "
                 f"{self.catalogue_version}: publish that one there, or start again if it was replaced meanwhile"
             )
+
+
+def _poll_seconds(options: dict[str, Any]) -> float:
+    asked_for = options.get("catalogue_version") is not None
+    seconds = options.get("catalogue_poll_seconds", 0 if asked_for else POLL_SECONDS)
+    if type(seconds) not in (int, float) or not (seconds == 0 or MIN_POLL_SECONDS <= seconds < float("inf")):
+        raise ValueError(f"catalogue_poll_seconds is {seconds!r}, must be 0 or at least {MIN_POLL_SECONDS}")
+    return seconds
 
 
 def _resolve(catalogue: str, model: str, revision: str | None) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nezha_vllm.catalogue import UnknownItemError
+from nezha_vllm.catalogue import Catalogue, UnknownItemError
 from nezha_vllm.frontend.service import Service
 from nezha_vllm.semantic_id import code_token
 
@@ -18,12 +18,12 @@ class HistoryEncoder:
 
     Args:
         tokenizer: of the checkpoint.
-        service: the served model's.
+        service: the served model's; its catalogue may be swapped later.
         prefix: what the tokenizer puts in front of every text.
     """
 
     def __init__(self, tokenizer: Any, service: Service, prefix: list[int]) -> None:
-        self.service, self.prefix = service, prefix
+        self.prefix, self.longest = prefix, service.max_prompt_tokens
         sizes = service.catalogue.codec.codebook_sizes
         offsets = zip(service.code_token_offsets, sizes, strict=True)
         tokens = {
@@ -34,7 +34,7 @@ class HistoryEncoder:
         self._offsets = np.array(service.code_token_offsets)
         self.applies = splits_at_codes(tokenizer, tokens, prefix)
 
-    def encode(self, text: str) -> list[int] | None:
+    def encode(self, text: str, catalogue: Catalogue) -> list[int] | None:
         """Prefix and codes; None if the text has anything but known items and codes, or is too long: ask the tokenizer.
 
         The tokenizer's path also has the errors, so nothing is refused here.
@@ -50,7 +50,7 @@ class HistoryEncoder:
             return None
         items = [part[len(ITEM) :] for part in parts if part.startswith(ITEM)]
         try:
-            codes = self.service.catalogue.codes[self.service.catalogue.rows(items)] + self._offsets
+            codes = catalogue.codes[catalogue.rows(items)] + self._offsets
             if len(items) == len(parts):
                 token_ids = [*self.prefix, *codes.ravel().tolist()]
             else:
@@ -59,7 +59,7 @@ class HistoryEncoder:
                 token_ids = [*self.prefix, *(token_id for span in spans for token_id in span)]
         except (UnknownItemError, KeyError):
             return None
-        return token_ids if len(token_ids) <= self.service.max_prompt_tokens else None
+        return token_ids if len(token_ids) <= self.longest else None
 
     def text(self, token_ids: list[int]) -> str:
         """The codes of an encoded history as text."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi.routing import APIRoute
 
-from nezha_vllm.frontend.service import service_of
+from nezha_vllm.frontend.service import service_for_request, service_of
 
 _INSTALLED: set[tuple[type, str]] = set()
 
@@ -71,6 +71,7 @@ def _wrappers() -> list[tuple[type, str, tuple[str, ...], Callable[[Callable[...
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import RequestState
 
@@ -78,6 +79,7 @@ def _wrappers() -> list[tuple[type, str, tuple[str, ...], Callable[[Callable[...
     stream = ("request", "engine_inputs", "result_generator")
     return [
         (InputProcessor, "process_inputs", ("request_id", "prompt", "params"), _process_inputs),
+        (AsyncLLM, "_run_output_handler", (), _run_output_handler),
         (RequestState, "from_new_request", ("tokenizer", "request"), _from_new_request),
         (OpenAIServingCompletion, "__init__", ("engine_client", "models"), _make_metrics),
         (OpenAIServingCompletion, "create_completion", ("request", "raw_request"), _create_completion),
@@ -91,12 +93,14 @@ def _wrappers() -> list[tuple[type, str, tuple[str, ...], Callable[[Callable[...
 
 
 def _called() -> list[tuple[type, str, tuple[str, ...]]]:
-    """What the short way calls (``short_way``)."""
+    """What the short way (``short_way``) and the one who follows a store (``follow``) call."""
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.renderers.hf import HfRenderer
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import AsyncMPClient
 
     return [
+        (AsyncMPClient, "_call_utility_async", ("method",)),
         (AsyncLLM, "generate", ("prompt", "sampling_params", "request_id")),
         (HfRenderer, "process_for_engine", ("prompt", "arrival_time")),
         (OpenAIServingModels, "is_base_model", ("model_name",)),
@@ -120,6 +124,7 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
             request = original(self, request_id, prompt, params, *args, **kwargs)
             request.sampling_params = params
             return request
+        service = getattr(prompt.get("prompt_token_ids"), "service", None) or service
         # vLLM checks and deep-copies what it is given, 0.1 ms for a user's parameters; these it takes as they are
         plan = make_plan(service, params, prompt.get("prompt_token_ids") or ())
         params = engine_params(plan, params.output_kind)
@@ -157,6 +162,19 @@ def _make_metrics(original: Callable[..., Any]) -> Callable[..., Any]:
     return init
 
 
+def _run_output_handler(original: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's own background task of an API process; ours begins with it."""
+    from nezha_vllm.frontend.follow import follow
+
+    def run_output_handler(self: Any) -> None:
+        begins = self.output_handler is None
+        original(self)
+        if begins:
+            follow(self)
+
+    return run_output_handler
+
+
 def _create_completion(original: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse what cannot work before a stream is opened, so that it is a 400 and not an event."""
     from vllm.exceptions import VLLMValidationError
@@ -168,6 +186,7 @@ def _create_completion(original: Callable[..., Any]) -> Callable[..., Any]:
         service = service_of(self.model_config)
         if service is None:
             return await original(self, request, raw_request)
+        service = service_for_request(service)
         try:
             request = prepare(request, service)
             make_plan(service, request.to_sampling_params(1, {}))

@@ -40,6 +40,7 @@ class Plan:
             "num_ids": self.n,
             "beam_width": self.beam_width,
             "stepwise": self.validity == "stepwise",
+            "generation": self.service.generation,
         }
         eligible = self.rules.eligible
         if eligible is None:

@@ -15,7 +15,7 @@ class ResponseBody:
     A choice costs 1 µs; a model object a choice and its dump cost 20.
     """
 
-    def __init__(self, model: str, system_fingerprint: str | None, catalogue_version: str) -> None:
+    def __init__(self, model: str, system_fingerprint: str | None) -> None:
         choice = CompletionResponseChoice(index=0, text="", finish_reason="stop")
         usage = UsageInfo(prompt_tokens=0, completion_tokens=0, total_tokens=0)
         response = CompletionResponse(id="", created=0, model=model, choices=[choice], usage=usage)
@@ -24,11 +24,10 @@ class ResponseBody:
         self.response = response.model_dump()
         self.choice = self.response["choices"][0]
         self.usage = self.response["usage"]
-        self.catalogue_version = catalogue_version
 
     def encode(self, request_id: str, created: int, answer: Answer, usage: UsageInfo) -> bytes:
         """One response for one prompt."""
-        constant, version = self.choice, self.catalogue_version
+        constant, version = self.choice, answer.summary.catalogue_version
         columns = zip(answer.item_ids, answer.scores, answer.codes, strict=True)
         choices = [
             {

@@ -22,9 +22,13 @@ MAX_ITEMS = 65_536
 
 
 class PromptTokens(list):
-    """Token ids of a prompt that also know its text: codes do not tell items that share a semantic ID apart."""
+    """Token ids of a prompt that also know its text: codes do not tell items that share a semantic ID apart.
+
+    And the service that gave its items their codes.
+    """
 
     text = ""
+    service: Service | None = None
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.engine.settings import ServerSettings
+from nezha_vllm.generation import FIRST, check_levels
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -20,6 +24,7 @@ class Service:
     placeholder_token_ids: tuple[int, ...]
     vocab_size: int
     max_model_len: int
+    generation: str = FIRST  # by which the engines know the catalogue
 
     @classmethod
     def load(cls, vllm_config: VllmConfig) -> Service:
@@ -28,15 +33,10 @@ class Service:
         Raises ``ValueError`` or ``CatalogueError`` naming the file and the remedy.
         """
         settings = ServerSettings.from_vllm(vllm_config)
-        catalogue = Catalogue.load(settings.catalogue)
+        catalogue = Catalogue.load(settings.start_folder)
         settings.check_version(catalogue.version)
         config = vllm_config.model_config.hf_config
-        if list(catalogue.codec.codebook_sizes) != list(config.codebook_sizes):
-            raise ValueError(
-                f"catalogue {settings.catalogue} has codebook sizes {list(catalogue.codec.codebook_sizes)} but the "
-                f"checkpoint's config.json has {list(config.codebook_sizes)}: serve the catalogue that the checkpoint "
-                "was trained with"
-            )
+        check_levels(settings.catalogue, catalogue.codec.codebook_sizes, config.codebook_sizes)
         service = cls(
             settings,
             catalogue,
@@ -47,6 +47,9 @@ class Service:
         )
         _SERVICES[vllm_config.model_config.model] = service
         return service
+
+    def with_catalogue(self, catalogue: Catalogue, generation: str) -> Service:
+        return replace(self, catalogue=catalogue, generation=generation)
 
     @property
     def num_levels(self) -> int:
@@ -62,8 +65,46 @@ class Service:
 
 
 _SERVICES: dict[str, Service] = {}
+_REQUEST: ContextVar[_Request | None] = ContextVar("nezha_request", default=None)
 
 
 def service_of(model_config: ModelConfig) -> Service | None:
     """The service of a model in this process; None if it is not a NEZHA model."""
     return _SERVICES.get(model_config.model)
+
+
+def replace_service(model: str, service: Service) -> None:
+    """Make it the service of the model for requests that come from now on."""
+    _SERVICES[model] = service
+
+
+class _Request:
+    """One request's service, from the moment it is first asked for. Contexts may live on behind the request."""
+
+    service: Service | None = None
+    over = False
+
+
+@contextmanager
+def one_request() -> Iterator[None]:
+    """What this task, and tasks it starts, do inside is one request, and is answered by one service.
+
+    Rendering, checks and answers of a request are apart in time, and the catalogue may be swapped between them.
+    """
+    request = _Request()
+    token = _REQUEST.set(request)
+    try:
+        yield
+    finally:
+        _REQUEST.reset(token)
+        request.service, request.over = None, True
+
+
+def service_for_request(current: Service) -> Service:
+    """``current``; inside a request what was current when it first came here."""
+    request = _REQUEST.get()
+    if request is None or request.over:
+        return current
+    if request.service is None:
+        request.service = current
+    return request.service

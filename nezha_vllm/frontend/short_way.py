@@ -29,6 +29,7 @@ from nezha_vllm.frontend.outcome import Outcome
 from nezha_vllm.frontend.renderer import NezhaRenderer
 from nezha_vllm.frontend.response_body import ResponseBody
 from nezha_vllm.frontend.rules import read_rules
+from nezha_vllm.frontend.service import one_request
 
 # headers and settings of a server that change what vLLM's handler does
 LONG_WAY_HEADERS = {
@@ -71,8 +72,7 @@ class ShortWay:
         )
         self.decoder = msgspec.json.Decoder(CommonRequest)
         if self.open:
-            version = self.renderer.service.catalogue.version
-            self.body = ResponseBody(handler.models.model_name(), getattr(handler, "system_fingerprint", None), version)
+            self.body = ResponseBody(handler.models.model_name(), getattr(handler, "system_fingerprint", None))
 
     def read(self, body: bytes) -> tuple[Plan, list[int]] | None:
         """Plan and complete prompt; None for a request that goes to vLLM's handler."""
@@ -83,14 +83,15 @@ class ShortWay:
             options = request.vllm_xargs or {}
             if request.use_beam_search:
                 options.setdefault("beam_width", request.n)
-            beam_width, validity = check_search(self.renderer.service, request.n, options)
+            service = self.renderer.service
+            beam_width, validity = check_search(service, request.n, options)
             token_ids = self.renderer.encode(request.prompt)
             if token_ids is None:
                 return None
-            rules = read_rules(self.renderer.service, options, token_ids)
+            rules = read_rules(service, options, token_ids)
         except (msgspec.DecodeError, UnicodeDecodeError, VLLMValidationError):
             return None
-        plan = Plan(self.renderer.service, request.n, beam_width, validity, False, rules, as_choices=False)
+        plan = Plan(service, request.n, beam_width, validity, False, rules, as_choices=False)
         return plan, token_ids
 
     async def answer(self, request: Request, plan: Plan, token_ids: list[int]) -> Response:
@@ -129,6 +130,10 @@ class CompletionsRoute(APIRoute):
             await super().handle(scope, receive, outcome)
         finally:
             counted.count(outcome.name, time.perf_counter() - begun)
+
+    async def handle(self, scope: Any, receive: Any, send: Any) -> None:
+        with one_request():
+            await super().handle(scope, receive, send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         long_way = super().get_route_handler()

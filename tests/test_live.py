@@ -1,0 +1,199 @@
+"""A running server follows its store: real processes, real publications, every answer checked against its version."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from answers import assert_same_answer
+from conftest import BLOCK_SIZE
+
+from benchmarks.reliability.versions import Ranking, rankings, versions_of
+from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.server import Server, free_port
+from nezha_vllm.store import Store
+
+pytestmark = pytest.mark.slow
+N, POLL = 20, 0.1
+HISTORIES = [[f"item-{number * 7 + step * 50 + 1}" for step in range(1 + number % 5)] for number in range(12)]
+
+
+@dataclass
+class Live:
+    """A server on a store, and the versions there are to publish."""
+
+    url: str
+    store: Store
+    folders: dict[str, Path]
+    expected: dict[str, list[Ranking]]
+    log: Path
+
+    def post(self, body: dict[str, Any], **headers: str) -> dict[str, Any]:
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", data, {"Content-Type": "application/json"} | headers
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.loads(response.read())
+
+    def publish(self, version: str) -> None:
+        self.store.publish(self.folders[version], force=True)
+
+    def wait_for(self, version: str, seconds: float = 20) -> None:
+        """Until no API process answers by another version: they do not see the pointer at the same moment."""
+        deadline, same = time.monotonic() + seconds, 0
+        while same < 12:
+            assert time.monotonic() < deadline, f"{version} is not served, the log ends with {self.swaps()[-2:]}"
+            answer = self.post({"prompt": "<item:item-1>"})
+            same = same + 1 if answer["choices"][0]["catalogue_version"] == version else 0
+
+    def swaps(self) -> list[dict[str, Any]]:
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [json.loads(line[line.index("{") :]) for line in lines if "NEZHA: catalogue {" in line]
+
+    def check(self, history: int, choices: Sequence[dict[str, Any]]) -> str:
+        """All of one version, and that version's answer; its name."""
+        (version,) = {choice["catalogue_version"] for choice in choices}
+        assert_same_answer([(choice["text"], choice["score"]) for choice in choices], self.expected[version][history])
+        return version
+
+
+@pytest.fixture(scope="module")
+def live(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    folder = tmp_path_factory.mktemp("live")
+    own = Catalogue.load(checkpoint / "catalogue")
+    catalogues = versions_of(own, ["one", "two", "three"], keep=[item for history in HISTORIES for item in history])
+    folders = {catalogue.version: folder / catalogue.version for catalogue in catalogues}
+    for catalogue in catalogues:
+        catalogue.save(folders[catalogue.version])
+    store = Store(folder / "store")
+    store.publish(folders["one"])
+    options = {"nezha": {"catalogue": str(store.folder), "catalogue_poll_seconds": POLL}}
+    arguments = ["--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--max-model-len", "1024"]
+    arguments += ["--additional-config", json.dumps(options), "--api-server-count", "2"]
+    log = folder / "log.txt"
+    with Server(checkpoint, free_port(), arguments=arguments, log=log) as running:
+        expected = rankings(checkpoint, catalogues, HISTORIES, N)
+        running.wait_until_ready(timeout=400)
+        yield Live(running.url, store, folders, expected, log)
+
+
+@dataclass
+class Load:
+    """Clients that ask for everything again and again, by every way through the server; answers are checked."""
+
+    live: Live
+    answered: Counter[str] = field(default_factory=Counter)
+    problems: list[BaseException] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Load:
+        self.threads = [threading.Thread(target=self.ask, args=(seed,)) for seed in range(4)]
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        for thread in self.threads:
+            thread.join(60)
+        assert not self.problems, self.problems[0]
+
+    def ask(self, seed: int) -> None:
+        rng = random.Random(seed)
+        while not self.done.is_set():
+            try:
+                self.one(rng)
+            except BaseException as problem:
+                self.problems.append(problem)
+                return
+
+    def one(self, rng: random.Random) -> None:
+        asked = rng.sample(range(len(HISTORIES)), rng.choice([1, 1, 3]))
+        prompts = ["".join(f"<item:{item}>" for item in HISTORIES[history]) for history in asked]
+        headers = rng.choice([{}, {"X-Session-ID": "the long way"}])
+        answer = self.live.post({"prompt": prompts if len(prompts) > 1 else prompts[0], "n": N}, **headers)
+        versions = set()
+        for place, history in enumerate(asked):
+            versions.add(self.live.check(history, [c for c in answer["choices"] if c["index"] // N == place]))
+        (version,) = versions
+        assert {told["catalogue_version"] for told in answer["nezha"]} == versions
+        self.answered[version] += 1
+
+
+def test_every_answer_is_one_versions_while_others_are_published_and_taken_back(live: Live) -> None:
+    swaps = ["two", "three", "two", "three", "one", "back"]
+    with Load(live) as load:
+        for number, swap in enumerate(swaps):
+            before = load.answered.copy()
+            if swap == "back":
+                swaps[number] = swap = live.store.rollback().version
+            else:
+                live.publish(swap)
+            live.wait_for(swap)
+            deadline = time.monotonic() + 20
+            while load.answered[swap] < before[swap] + 10 and time.monotonic() < deadline:
+                time.sleep(0.05)
+    assert load.answered.keys() == {"one", "two", "three"}
+    told = live.swaps()
+    assert [swap["version"] for swap in told] == swaps, "one line a swap, whatever the number of processes"
+    assert all(swap["result"] == "swapped" and swap["items"] and swap["seconds"] < 30 for swap in told)
+
+
+def test_new_items_on_codes_of_no_earlier_item_are_reached_in_a_running_server(live: Live) -> None:
+    """Nothing of them was there when the model was made; they come back by name, and in histories."""
+    live.publish("three")
+    live.wait_for("three")
+    new = [f"new-in-three-{number}" for number in range(5)]
+    answer = live.post({"prompt": f"<item:{new[0]}>", "n": 4, "vllm_xargs": {"allow_items": new[1:], "beam_width": 50}})
+    assert {choice["text"] for choice in answer["choices"]} == set(new[1:])
+    assert any(item.startswith("new") for ranking in live.expected["three"] for item, _ in ranking)
+
+
+@pytest.mark.parametrize("what", ["keys.safetensors", "items.arrow", "manifest.json", "levels", "CURRENT"])
+def test_what_cannot_be_taken_up_is_refused_in_one_line_and_the_old_version_serves_on(
+    live: Live, tmp_path: Path, what: str
+) -> None:
+    """As if files were damaged behind a publication; all of a store's own checks come before that."""
+    live.publish("one")
+    live.wait_for("one")
+    told = len(live.swaps())
+    other = Store(shutil.copytree(live.store.folder, tmp_path / "other"))
+    name = f"bad-{what.split('.')[0].lower()}"
+    sizes = [16, 24, 33] if what == "levels" else [16, 24, 32]
+    Catalogue.build(["a"], [[1, 2, 3]], sizes, version=name).save(tmp_path / name)
+    if what == "levels":
+        (other.folder / "CURRENT").unlink()  # its publisher would refuse it
+    other.publish(tmp_path / name, force=True)
+    damaged = other.folder / ("CURRENT" if what == "CURRENT" else f"versions/{name}/{what}")
+    if what != "levels":
+        data = bytearray(damaged.read_bytes())
+        data[len(data) // 2] ^= 0x41
+        damaged.write_bytes(data)
+    shutil.copytree(other.folder / "versions" / name, live.store.folder / "versions" / name)
+    good = (live.store.folder / "CURRENT").read_bytes()
+    os.replace(other.folder / "CURRENT", live.store.folder / "CURRENT")
+    with Load(live) as load:
+        deadline = time.monotonic() + 20
+        while len(live.swaps()) == told and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(10 * POLL)
+    assert load.answered.keys() == {"one"}
+    (refusal,) = live.swaps()[told:]
+    assert (refusal["result"], refusal["serving"]) == ("refused", "one")
+    assert ("[16, 24, 33]" if what == "levels" else what) in refusal["reason"]
+    (live.store.folder / "CURRENT").write_bytes(good)
+    live.publish("two")
+    live.wait_for("two")
