@@ -19,6 +19,7 @@ from typing import Any
 
 from nezha_vllm.catalogue import Catalogue, CatalogueError
 from nezha_vllm.engine.versions import BUSY, HELD, LOADING, REFUSED
+from nezha_vllm.frontend import metrics
 from nezha_vllm.frontend.service import Service, replace_service
 from nezha_vllm.generation import Generation
 from nezha_vllm.item_index import MAX_HEADS
@@ -225,7 +226,12 @@ def api_bytes(manifest: dict[str, Any]) -> int:
 
 
 def tell(swap: Swap, service: Service, first: bool) -> None:
-    """In every API process; they all come to the same end, and the ``first`` of them writes one line of JSON."""
+    """In every API process; they all come to the same end, and the ``first`` of them counts it and writes a line."""
+    counted = metrics.active()
+    if counted is not None:
+        counted.show_catalogue(service)
+        if first:
+            counted.count_swap(swap.result)
     if first:
         level = logging.INFO if swap.result == "swapped" else logging.ERROR
         facts = {name: value for name, value in asdict(swap).items() if value is not None}

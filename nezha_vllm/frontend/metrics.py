@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 OUTCOMES = ("answered", "refused", "overloaded", "failed", "disconnected")
 SHORTAGES = ("min_score", "beams", "rules", "catalogue")
+SWAPS = ("swapped", "refused")
 SIZED_RULES = ("exclude_items", "allow_items", "exclude_history", "segments", "exclude_segments")
 
 COUNTS = (0, 1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 4096)
@@ -109,6 +110,13 @@ class Metrics:
             multiprocess_mode="livemostrecent",
             registry=registry,
         )
+        swaps = Counter(
+            "nezha_catalogue_swaps",
+            "Generations of the catalogue store that a running server has taken up or refused.",
+            ["result"],
+            registry=registry,
+        )
+        self._swaps = {result: swaps.labels(result) for result in SWAPS}
         self._shown: str | None = None
 
     def count(self, outcome: str, seconds: float) -> None:
@@ -131,6 +139,10 @@ class Metrics:
             self._rule_size[rule].observe(size)
         if plan.rules.unknown:
             self._unknown.inc(plan.rules.unknown)
+
+    def count_swap(self, result: str) -> None:
+        """The server has gone to another generation, or not: one of ``SWAPS``. For one API process to tell."""
+        self._swaps[result].inc()
 
     def show_catalogue(self, service: Service) -> None:
         """Tell which catalogue this process answers from; call it again when that changes."""

@@ -124,14 +124,14 @@ class CompletionsRoute(APIRoute):
     async def handle(self, scope: Any, receive: Any, send: Any) -> None:
         counted = metrics.active()
         if counted is None or scope["method"] not in self.methods:
-            return await super().handle(scope, receive, send)
+            return await self._handle(scope, receive, send)
         outcome, begun = Outcome(send), time.perf_counter()
         try:
-            await super().handle(scope, receive, outcome)
+            await self._handle(scope, receive, outcome)
         finally:
             counted.count(outcome.name, time.perf_counter() - begun)
 
-    async def handle(self, scope: Any, receive: Any, send: Any) -> None:
+    async def _handle(self, scope: Any, receive: Any, send: Any) -> None:
         with one_request():
             await super().handle(scope, receive, send)
 
