@@ -19,6 +19,7 @@ from nezha_vllm.draft_head import DraftHead
 from nezha_vllm.engine import versions as engine_versions
 from nezha_vllm.engine.draft_stage import DraftStage, Search
 from nezha_vllm.engine.searched import Searched
+from nezha_vllm.engine.stage_clock import StageClock
 from nezha_vllm.engine.versions import BUSY, HELD, LOADED, LOADING, REFUSED, Versions
 from nezha_vllm.frontend import follow
 from nezha_vllm.frontend.follow import Follower, Swap
@@ -117,7 +118,7 @@ def test_requests_of_two_generations_in_one_step_are_searched_each_in_its_own() 
     one = Searched(search, Keys(codec, "one", first, None, None))
     two = Searched(search.over(torch.from_numpy(second)), Keys(codec, "two", second, None, None))
     stage: Any = DraftStage.__new__(DraftStage)
-    stage.num_states, stage.graphs = 4, None
+    stage.num_states, stage.graphs, stage.clock = 4, None, StageClock(on_gpu=False)
     stage.versions = Versions(one, lambda _: two)
     wanted = generation(2)
     wait_for(stage.versions, wanted)
