@@ -147,7 +147,7 @@ def known_work(system: Any, cell: Cell, tokens: int, workload: Workload) -> dict
     from nezha_vllm.search_memory import width_bucket
 
     [stage] = system.llm.collective_rpc(lambda worker: worker.model_runner.model_state.draft_stage)
-    plan, config = stage.beam_search.plan, SimpleNamespace(**workload.config)
+    plan, config = next(iter(stage.versions)).beam_search.plan, SimpleNamespace(**workload.config)
     number_bytes = plan.weights.element_size()
     search = floors.Search(
         1, cell.beam_width, plan.codec.codebook_sizes, plan.hidden_size, number_bytes, prefixes(plan.keys, plan)

@@ -85,7 +85,8 @@ def main() -> None:
             print(f"{requests} requests, {width} beams")
             without = 0.0
             for rule in rules_of(segments):
-                graph = capture(case_of(plan, requests, width, rule, segments))
+                case = case_of(plan, requests, width, rule, segments)  # the graph reads its buffers
+                graph = capture(case)
                 took = median_us(graph.replay, 100)
                 without = without or took
                 print(f"  {rule.name:36} {took:9.1f} µs  {took / without - 1:+7.1%}")

@@ -19,7 +19,7 @@ def available_bytes(device: torch.device | None = None) -> int:
     """What can be allocated without swapping: on a GPU with what PyTorch keeps for later, else in main memory."""
     if device is not None and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + _unused_segments(device)
     available = psutil.virtual_memory().available
     left = _left_in_container()
     return available if left is None else min(available, left)
@@ -41,6 +41,13 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
     if trim is not None:
         trim(0)
+
+
+def _unused_segments(device: torch.device) -> int:
+    """What PyTorch has and can use for anything: whole segments, and none of CUDA graphs' own pools."""
+    segments = torch.cuda.memory_snapshot()
+    there = (s for s in segments if s["device"] == device.index and tuple(s["segment_pool_id"]) == (0, 0))
+    return sum(s["total_size"] for s in there if s["allocated_size"] == 0)
 
 
 def _left_in_container() -> int | None:

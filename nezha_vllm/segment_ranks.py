@@ -37,6 +37,7 @@ class SegmentRanks:
         self.ranks = torch.zeros(self.num_slots * self.size, dtype=torch.int32, device=device)
         self._slots: OrderedDict[Places, int] = OrderedDict()  # the one asked for last at the end
         self._in_use: set[Places] = set()
+        self.combine(((0,), ()), self.ranks[: self.size])  # loads its kernels, and takes its memory, now and not later
 
     def new_step(self) -> None:
         """From here on, arrays that were placed before may be replaced."""

@@ -23,6 +23,7 @@ from nezha_vllm.kernels.select import select_beams
 from nezha_vllm.search_memory import FANS, BeamRows, Geometry, Workspace
 from nezha_vllm.semantic_id import SemanticIdCodec
 
+PIECE = 1 << 22  # prefixes looked up in one go
 MAX_ROWS = 32_768  # beams in one launch: 64 requests at K = 512, at H = 2048 and T = 512 a workspace of 350 MB
 MAX_SCORE_BYTES = 1 << 30  # of one launch's log-probabilities: fewer beams where levels have many codes
 # Prefix tables may hold this many lower bounds or twice as many as there are keys: 8 MB for small catalogues.
@@ -366,8 +367,17 @@ class Plan:
 
 
 def _lower_bounds(keys_M: Tensor, num_prefixes: int, suffix: int) -> Tensor:
-    lows = torch.arange(0, (num_prefixes + 1) * suffix, suffix, device=keys_M.device)
-    return torch.searchsorted(keys_M, lows, out_int32=True)
+    """Position of the first key of each prefix and of the end, int32 [num_prefixes + 1].
+
+    In pieces: while a later catalogue is read, a step of requests waits for one of them at most.
+    """
+    bounds = torch.empty(num_prefixes + 1, dtype=torch.int32, device=keys_M.device)
+    for start in range(0, num_prefixes, PIECE):
+        end = min(start + PIECE, num_prefixes)
+        lows = torch.arange(start, end, device=keys_M.device) * suffix
+        torch.searchsorted(keys_M, lows, out_int32=True, out=bounds[start:end])
+    bounds[-1] = len(keys_M)
+    return bounds
 
 
 def _tiles(parts: Sequence[tuple[int, int, int, int, int]], height: int) -> list[list[int]]:

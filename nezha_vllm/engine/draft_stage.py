@@ -47,6 +47,10 @@ class Search:
         return np.frombuffer(self.positions or b"", np.int32)
 
     @property
+    def num_listed(self) -> int:
+        return len(self.positions or b"") // 4
+
+    @property
     def combination(self) -> Places | None:
         """Of segments; None for all items."""
         return (tuple(self.all_of), tuple(self.none_of)) if self.all_of or self.none_of else None
@@ -156,11 +160,11 @@ class DraftStage:
             searched = None if search is None else self._searched(search)
             if search is None or searched is None:
                 continue
-            ranks_at = searched.ranks_at(search)
-            if ranks_at is None or room < len(search.listed):
+            ranks_at, listed = searched.ranks_at(search), search.num_listed
+            if ranks_at is None or room < listed:
                 apart.append((row, search, searched))  # a million IDs or a buffer of combinations: late, not never
             else:
-                room -= len(search.listed)
+                room -= listed
                 there.append(row)
                 options.append(search.options(ranks_at, searched.place))
         launches = self.graphs.launches([asked.width for asked in options])

@@ -85,6 +85,7 @@ def read_beside(
     what = f"catalogue version {generation.version}"
     check_fits(workers * host_bytes(manifest), f"the search over {what}")
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread: entering a stream would open a context on GPU 0 else
         check_fits(device_bytes(manifest, beside), f"the search over {what} on the GPU", device)
     keys = load_keys(folder)
     # beside the stream of the steps; always the same one, as PyTorch keeps freed memory for the stream that had it
@@ -106,5 +107,5 @@ def host_bytes(manifest: dict[str, Any]) -> int:
 def device_bytes(manifest: dict[str, Any], beside: BeamSearch) -> int:
     """On a GPU, while it reads: keys, tables and one of the lists they are made of, with segments as on the host."""
     tables = 0 if beside.plan is None else beside.plan.table_bytes
-    ids, segments = manifest["num_ids"], len(manifest.get("segments", []))
-    return 8 * ids + 3 * tables + (segments and segments * manifest["num_items"] // 8 + 12 * ids + ranks_bytes(ids + 1))
+    ids, items, segments = manifest["num_ids"], manifest["num_items"], len(manifest.get("segments", []))
+    return 8 * ids + 3 * tables + (segments and segments * items // 8 + 12 * items + 4 * ids + ranks_bytes(ids + 1))
