@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -26,6 +27,8 @@ from nezha_vllm.batch.job import Progress, score_parquet
 from nezha_vllm.batch.output import JobError, Output
 from nezha_vllm.batch.parts import InputError, InputFile, find_files, parts_of
 from nezha_vllm.batch.scorer import Scorer
+from nezha_vllm.catalogue import Catalogue, CatalogueError
+from nezha_vllm.store import Store
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -212,6 +215,28 @@ def test_options_of_python_are_the_same_when_the_job_goes_on(job: dict[str, Any]
             score_parquet(**job, options={"segments": ("odd",)})
 
 
+def test_a_job_uses_the_version_that_is_asked_for(job: dict[str, Any], tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    for version in ("one", "two"):
+        Catalogue.build(["a", "b"], [[0, 0, 0], [1, 2, 3]], [16, 24, 32], version=version).save(tmp_path / version)
+        store.publish(tmp_path / version)
+
+    def begun(**options: str) -> list[str]:
+        out = tmp_path / "-".join(["out", *options, *options.values()]).replace("/", "_")
+        with pytest.raises(AssertionError, match="an engine"):
+            score_parquet(**(job | {"out": out, "engine": {"additional_config": {"nezha": options}}}))
+        return json.loads((out / "_job.json").read_text())["catalogue"]
+
+    in_store = {"catalogue": str(store.folder)}
+    assert begun(**in_store) == [str(store.folder / "versions" / "two"), "two"]
+    assert begun(**in_store, catalogue_version="one") == [str(store.folder / "versions" / "one"), "one"]
+    assert begun(catalogue=str(tmp_path / "one"), catalogue_version="one") == [str(tmp_path / "one"), "one"]
+    for place in (store.folder, tmp_path / "one"):
+        options = {"catalogue": str(place), "catalogue_version": "three"}
+        with pytest.raises(CatalogueError, match="three"):
+            score_parquet(**(job | {"engine": {"additional_config": {"nezha": options}}}))
+
+
 def test_results_do_not_go_into_the_input(job: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lies in the input"):
         score_parquet(**(job | {"inputs": [tmp_path], "out": tmp_path / "out"}))
@@ -238,6 +263,39 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     with pytest.raises(ValueError, match=message):
         score_parquet(**(job | wrong))
     assert not job["out"].exists()
+
+
+class NoItems:
+    """An engine's place: takes requests and has no items for them."""
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+
+    def enqueue(self, prompts: list[dict[str, str]], params: Any, use_tqdm: bool) -> None:
+        self.prompts += [prompt["prompt"] for prompt in prompts]
+
+    def wait_for_completion(self, use_tqdm: bool) -> list[Any]:
+        return [SimpleNamespace(outputs=[], nezha=SimpleNamespace(catalogue_version="one", reason="none"))
+                for _ in self.prompts]  # fmt: skip
+
+
+def test_columns_that_are_only_copied_may_hold_what_python_cannot() -> None:
+    days = pa.array([1, 10**8, 2], pa.int32()).cast(pa.date32())
+    zoned = pa.array([1, 2, 3], pa.timestamp("s", tz="Nowhere/At_all"))
+    table = pa.table({"history": [history(at) for at in range(3)], "day": days, "seen": zoned})
+    engine: Any = NoItems()
+    found = Scorer(engine, find_columns(table.schema))(table)
+    assert found["error"].null_count == 3
+    assert found.select(["day", "seen"]).equals(table.select(["day", "seen"]))
+    assert engine.prompts == ["<item:item-0>", "<item:item-1>", "<item:item-2>"]
+
+
+def test_a_row_whose_option_cannot_be_read_is_an_error_row() -> None:
+    days = pa.array([1, 10**8], pa.int32()).cast(pa.date32())
+    table = pa.table({"history": [history(1), history(2)], "segments": days})
+    engine: Any = NoItems()
+    found = Scorer(engine, find_columns(table.schema))(table).to_pylist()
+    assert "the row cannot be read" in found[1]["error"]
 
 
 @pytest.mark.slow

@@ -40,9 +40,14 @@ class Columns:
     kept: tuple[str, ...]
 
     @property
+    def asked(self) -> list[str]:
+        """Columns whose values are looked at; the others are copied as they are."""
+        return [self.source, *self.options]
+
+    @property
     def read(self) -> list[str]:
         """All columns that are needed from the file."""
-        return [self.source, *self.options, *self.kept]
+        return [*self.asked, *self.kept]
 
     def output_schema(self, schema: pa.Schema) -> pa.Schema:
         return pa.schema([*(schema.field(name) for name in self.kept), *RESULTS])
@@ -74,15 +79,15 @@ def find_columns(schema: pa.Schema, history: str = "history", prompt: str | None
 
 
 def values_of(table: pa.Table) -> Iterator[dict[str, Any] | ValueError]:
-    """A dictionary for each row, or why it cannot be read: text that is no UTF-8, say."""
+    """A dictionary for each row, or why it cannot be read: text that is no UTF-8, a date behind the year 9999."""
     try:
         yield from table.to_pylist()
-    except ValueError:
+    except (ValueError, OverflowError):
         for at in range(len(table)):
             try:
                 yield table.slice(at, 1).to_pylist()[0]
-            except ValueError as error:
-                yield error
+            except (ValueError, OverflowError) as error:
+                yield ValueError(str(error))
 
 
 def options_of(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -146,13 +146,19 @@ def _files_of(checkpoint: Path) -> dict[str, list[int]]:
 
 
 def _catalogue_of(checkpoint: Path, engine: Mapping[str, Any]) -> list[str]:
-    """Folder and version that are current now; of a store, the version's own folder. Raises ``CatalogueError``."""
-    from nezha_vllm.manifest import read_manifest
+    """Folder and version: the one asked for, else the current one; of a store, the version's own folder.
+
+    Raises ``CatalogueError``.
+    """
+    from nezha_vllm.manifest import CatalogueError, read_manifest
     from nezha_vllm.pointer import is_store, read_pointer, version_folder
 
-    asked = ((engine.get("additional_config") or {}).get("nezha") or {}).get("catalogue")
+    options = (engine.get("additional_config") or {}).get("nezha") or {}
     configured = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("catalogue", "catalogue")
-    folder = checkpoint / (asked or configured)
+    folder, asked = checkpoint / (options.get("catalogue") or configured), options.get("catalogue_version")
     if is_store(folder):
-        folder = version_folder(folder, read_pointer(folder).version)
-    return [str(folder), read_manifest(folder)["version"]]
+        folder = version_folder(folder, read_pointer(folder).version if asked is None else str(asked))
+    version = read_manifest(folder)["version"]
+    if asked not in (None, version):
+        raise CatalogueError(f"catalogue {folder} is version {version}, but the job asks for {asked}")
+    return [str(folder), version]

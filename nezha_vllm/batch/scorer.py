@@ -40,7 +40,7 @@ class Scorer:
 
         results: list[dict[str, Any]] = [{} for _ in range(len(table))]
         asked = []
-        for at, row in enumerate(values_of(table)):
+        for at, row in enumerate(values_of(table.select(self.columns.asked))):
             try:
                 self.llm.enqueue(*self.request(row), use_tqdm=False)
                 asked.append(at)
