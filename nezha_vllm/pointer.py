@@ -14,7 +14,9 @@ import json
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -127,10 +129,18 @@ def resolve(folder: str | os.PathLike[str]) -> tuple[Path, Pointer | None]:
 
 
 def published_at(folder: str | os.PathLike[str], version: str) -> float:
-    """Unix time at which a version was published to a store, or a catalogue folder was saved."""
+    """Unix time at which a store's pointer was swapped to a version, or a catalogue folder was saved.
+
+    Where the pointer has moved on, or is damaged, it is the time of the version's files, which ``--move`` brings along.
+    """
     folder = Path(folder)
-    place = folder / VERSIONS / version if is_store(folder) else folder
-    return (place / MANIFEST).stat().st_mtime
+    if not is_store(folder):
+        return (folder / MANIFEST).stat().st_mtime
+    with suppress(CatalogueError, TypeError, ValueError):
+        pointer = read_pointer(folder)
+        if pointer.version == version:
+            return datetime.fromisoformat(pointer.time).timestamp()
+    return (folder / VERSIONS / version / MANIFEST).stat().st_mtime
 
 
 def read_steadily(folder: str | os.PathLike[str], read: Callable[[Path, dict[str, Any]], Result]) -> Result:

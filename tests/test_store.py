@@ -6,6 +6,8 @@ import json
 import os
 import random
 import shutil
+import time
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 from nezha_vllm import store_files
 from nezha_vllm.catalogue import ITEMS, KEYS, MANIFEST, Catalogue, CatalogueError, load_keys
 from nezha_vllm.manifest import checksum
-from nezha_vllm.pointer import CURRENT, VERSIONS, Pointer, is_version_name, read_pointer, write_pointer
+from nezha_vllm.pointer import CURRENT, VERSIONS, Pointer, is_version_name, published_at, read_pointer, write_pointer
 from nezha_vllm.store import FILES, Store
 from nezha_vllm.store_status import status
 
@@ -71,6 +73,19 @@ def test_rollback_goes_to_the_previous_version_and_back(store):
     assert (store.rollback().version, store.pointer().sequence) == ("one", 3)
     assert Catalogue.load(store.folder).num_items == 20
     assert store.rollback().version == "two"
+
+
+def test_a_version_is_as_old_as_the_pointer_says(store, tmp_path):
+    source = saved(tmp_path / "three", range(31), version="three")
+    for file in source.iterdir():
+        os.utime(file, (1, 1))
+    store.publish(source, move=True)
+    assert published_at(store.folder, "three") == pytest.approx(time.time(), abs=5)
+    store.rollback("two")
+    assert published_at(store.folder, "two") == datetime.fromisoformat(store.pointer().time).timestamp()
+    assert published_at(store.folder, "three") == 1
+    (store.folder / CURRENT).write_text("{")
+    assert published_at(store.folder, "three") == 1
 
 
 def test_rollback_takes_a_version_by_name(store, tmp_path):
