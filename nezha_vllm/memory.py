@@ -51,11 +51,19 @@ def _unused_segments(device: torch.device) -> int:
 
 
 def _left_in_container() -> int | None:
-    """Of the memory limit of the control group, version 2; None without one."""
-    try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-        used = int((CGROUP / "memory.current").read_text())
-        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else int(limit) - used + int(statistics.get("inactive_file", 0))
+    """Of the memory limit of the control group, version 2 or 1; None without one. Pages of files can be given up."""
+    for limit_file, used_file, prefix in (
+        ("memory.max", "memory.current", ""),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_"),
+    ):
+        try:
+            limit, used = ((CGROUP / name).read_text().strip() for name in (limit_file, used_file))
+            lines = (CGROUP / limit_file).with_name("memory.stat").read_text().splitlines()
+            statistics = {name: int(number) for name, number in map(str.split, lines)}
+            if limit == "max":
+                return None
+            files = sum(statistics.get(f"{prefix}{kind}_file", 0) for kind in ("inactive", "active"))
+            return int(limit) - int(used) + files
+        except (OSError, ValueError):
+            continue
+    return None
