@@ -35,8 +35,12 @@ class Scrape:
         return cls({(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples})
 
     def since(self, earlier: Scrape) -> Scrape:
-        """What counters and histograms have grown by; only of those is it meaningful."""
-        return Scrape({key: value - earlier.samples.get(key, 0.0) for key, value in self.samples.items()})
+        """What counters and histograms have grown by; only of those is it meaningful.
+
+        One that has shrunk has begun anew, with the server.
+        """
+        before = {key: earlier.samples.get(key, 0.0) for key in self.samples}
+        return Scrape({key: value - before[key] * (value >= before[key]) for key, value in self.samples.items()})
 
     def total(self, name: str, **labels: str) -> float | None:
         """Sum of the samples that have these labels among theirs; None if there is no such sample."""

@@ -187,6 +187,12 @@ def test_a_quantile_lies_in_the_bucket_of_the_value(values: list[float], share: 
     assert low - 1e-9 <= found <= high + 1e-9
 
 
+def test_counters_of_a_server_that_was_restarted_begin_anew() -> None:
+    before, behind = (Scrape({("answers_total", frozenset()): count}) for count in (1000.0, 7.0))
+    assert behind.since(before).total("answers_total") == 7.0
+    assert before.since(behind).total("answers_total") == 993.0
+
+
 def test_nothing_counted_is_not_zero() -> None:
     nothing = facts(Scrape({}), Scrape({}), 0.0, None)
     assert nothing["answers"]["valid_beams"] is nothing["catalogue"]["age_seconds"] is None
