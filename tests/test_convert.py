@@ -110,14 +110,18 @@ def test_a_converted_checkpoint_gives_the_scores_of_the_public_equations(public,
     assert prefix_token_ids(tokenizer, model.config) == []
 
 
-def test_an_index_names_the_items(public, tmp_path):
+def test_an_index_names_the_items(public, tmp_path, capsys):
     codes = {str(number): [f"<a_{v % 5}>", f"<b_{v // 5 % 4}>", f"<c_{v // 20}>"] for number, v in enumerate(VALID)}
     (tmp_path / "index.json").write_text(json.dumps(codes))
     words = ["convert", str(public), "--index", str(tmp_path / "index.json"), "--index-offset", "1", "--out"]
     assert cli.main([*words, str(tmp_path / "ours")]) == 0
+    assert "left out" not in capsys.readouterr().err
     catalogue = Catalogue.load(tmp_path / "ours" / "catalogue")
     assert sorted(catalogue.items["item_id"].to_pylist()) == [str(number) for number in range(1, 8)]
     assert catalogue.codes_of("3") == catalogue.codes_of("4") == [2, 3, 0]
+    (tmp_path / "index.json").write_text(json.dumps({item: codes[item] for item in "01"}))
+    assert cli.main([*words, str(tmp_path / "fewer")]) == 0
+    assert "4 semantic IDs of" in capsys.readouterr().err
     (tmp_path / "index.json").write_text(json.dumps(codes | {"9": ["<a_1>", "<b_0>", "<c_0>"]}))
     assert cli.main([*words, str(tmp_path / "other")]) == 2
 

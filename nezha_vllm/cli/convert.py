@@ -59,7 +59,15 @@ def run(arguments: argparse.Namespace) -> int:
     weights = public_weights(arguments.checkpoint, config)
     dtype = weights["model.embed_tokens.weight"].dtype
     write_checkpoint(arguments.out, config, tokenizer, catalogue, weights=weights, dtype=dtype)
-    Console(stderr=True).print(
+    console = Console(stderr=True)
+    unnamed = len(set(integers.tolist())) - catalogue.num_ids
+    if unnamed:
+        console.print(
+            f"{unnamed:,} semantic IDs of {path} have no item in {arguments.index} and are left out",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(
         f"{arguments.out}: {config.num_hidden_layers} layers of {config.hidden_size}, {catalogue.num_items:,} items on "
         f"{catalogue.num_ids:,} semantic IDs of sizes {config.codebook_sizes}",
         highlight=False,
