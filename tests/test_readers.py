@@ -172,10 +172,20 @@ def test_a_quote_that_is_not_closed_counts_for_all_it_takes_along(tmp_path):
     assert "log.csv:32: no CSV" in reader.broken.examples[0]
 
 
+def test_a_row_of_parquet_that_python_cannot_hold_is_a_broken_line(tmp_path):
+    days = pa.array([0, 10**8, 2], pa.int32()).cast(pa.date32())
+    pq.write_table(
+        pa.table({"user_id": ["u"] * 3, "item_id": ["a", "b", "c"], "timestamp": days}), tmp_path / "d.parquet"
+    )
+    reader = TableReader(tmp_path / "d.parquet", max_broken=1)
+    assert list(reader.interactions()) == [("u", "a", 0.0), ("u", "c", 2 * 86400.0)]
+    assert "d.parquet:2: date value out of range" in reader.broken.examples[0]
+
+
 def test_times_are_seconds():
     assert seconds("1970-01-02") == seconds("86400") == seconds(86400) == 86400.0
     assert seconds("1970-01-01T02:00:00+02:00") == 0
-    for wrong in ("nan", "yesterday", None, True, "1e999"):
+    for wrong in ("nan", "yesterday", None, True, "1e999", 10**400):
         with pytest.raises(ValueError, match="time"):
             seconds(wrong)
 

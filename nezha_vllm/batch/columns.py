@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,18 +75,6 @@ def find_columns(schema: pa.Schema, history: str = "history", prompt: str | None
     if twice or taken:
         raise ColumnError(f"columns {twice or taken} would be there twice in the output; rename them in the input")
     return Columns(source, prompt is not None, options, kept)
-
-
-def values_of(table: pa.Table) -> Iterator[dict[str, Any] | ValueError]:
-    """A dictionary for each row, or why it cannot be read: text that is no UTF-8, a date behind the year 9999."""
-    try:
-        yield from table.to_pylist()
-    except (ValueError, OverflowError):
-        for at in range(len(table)):
-            try:
-                yield table.slice(at, 1).to_pylist()[0]
-            except (ValueError, OverflowError) as error:
-                yield ValueError(str(error))
 
 
 def options_of(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from nezha_vllm.batch.columns import OPTIONS, RESULTS, Columns, options_of, values_of
+from nezha_vllm.arrow_rows import rows_of
+from nezha_vllm.batch.columns import OPTIONS, RESULTS, Columns, options_of
 from nezha_vllm.client import prompt as prompt_of
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Scorer:
 
         results: list[dict[str, Any]] = [{} for _ in range(len(table))]
         asked = []
-        for at, row in enumerate(values_of(table.select(self.columns.asked))):
+        for at, row in enumerate(rows_of(table.select(self.columns.asked))):
             try:
                 self.llm.enqueue(*self.request(row), use_tqdm=False)
                 asked.append(at)

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nezha_vllm.arrow_rows import rows_of
 from nezha_vllm.data.lines import BrokenLines, read_lines
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
@@ -46,10 +47,13 @@ def _parquet_rows(path: Path, broken: BrokenLines, wanted: Sequence[str] | None)
         file, number = pq.ParquetFile(path), 0
         _check(path, file.schema_arrow.names, wanted)
         for batch in file.iter_batches(columns=list(wanted) if wanted else None):
-            for row in batch.to_pylist():
+            for row in rows_of(batch):
                 number += 1
                 broken.read += 1
-                yield number, row
+                if isinstance(row, ValueError):
+                    broken.skip(path, number, str(row))
+                else:
+                    yield number, row
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -21,6 +22,7 @@ def seconds(value: Any) -> float:
         value = datetime(value.year, value.month, value.day)
     if isinstance(value, datetime):
         value = (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"time {value!r} is no finite number")
-    return float(value)
+    with suppress(OverflowError):  # a whole number too large for float
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    raise ValueError(f"time {value!r} is no finite number")
