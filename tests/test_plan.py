@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +92,9 @@ def test_the_plan_is_that_of_the_server_that_was_measured(tmp_path: Path, monkey
         ({"items": 100_000_000}, "beam width 512.*--estimate"),
         ({"items": 10**9, "estimate": True}, "largest catalogue measured has 100,000,000"),
         ({"prompt_tokens": {128: 0.5}}, "sum to 1"),
+        ({"prompt_tokens": {128: math.nan}}, "sum to 1"),
+        ({"burst": math.inf}, "burst is inf"),
+        ({"gpu_price": math.nan}, "gpu_price is nan"),
         ({"rates": (0.0,)}, "traffic"),
         ({"spare": 1.0}, "spare"),
     ],

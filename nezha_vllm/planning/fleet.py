@@ -151,11 +151,12 @@ def _check(wanted: Wanted) -> None:
     if not wanted.rates or min(wanted.rates) < 0 or not all(map(math.isfinite, wanted.rates)) or max(wanted.rates) == 0:
         raise PlanError(f"traffic is {wanted.rates}; it needs requests/s of at least one hour, none below 0")
     shares = wanted.prompt_tokens
-    if not shares or min(shares) < 1 or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
+    if not shares or min(shares) < 1 or min(shares.values()) <= 0 or not abs(sum(shares.values()) - 1) < 1e-6:
         raise PlanError(f"prompt lengths are {dict(shares)}; their shares must sum to 1")
-    for name in ("beam_width", "n", "items", "p99_ms", "burst"):
-        if not getattr(wanted, name) > 0:
-            raise PlanError(f"{name} is {getattr(wanted, name)}, must be over 0")
+    priced = [] if wanted.gpu_price is None else ["gpu_price"]
+    for name in ("beam_width", "n", "items", "p99_ms", "burst", *priced):
+        if not 0 < getattr(wanted, name) < math.inf:
+            raise PlanError(f"{name} is {getattr(wanted, name)}, must be a number over 0")
     if not 0 <= wanted.spare < 1:
         raise PlanError(f"spare is {wanted.spare}, must be a share from 0 to below 1")
 
