@@ -72,7 +72,7 @@ def read_beside(
 
     Args:
         beside: the search that serves.
-        workers: processes of this machine that do the same at the same time.
+        workers: processes of this server on this machine that do the same at the same time.
         stream: to bring it to a GPU.
 
     Raises:

@@ -35,7 +35,7 @@ class Wanted:
         prompt_tokens: lengths and their shares, which sum to 1.
         p99_ms: what 99 of 100 requests must not exceed, at every hour.
         burst: the busiest minute of an hour over its mean.
-        spare: share of the fleet that may be missing at the busiest hour: failures, swaps; one replica at least.
+        spare: share of the fleet that may be missing at the busiest hour by failures or updates; one replica at least.
         gpu_price: of an hour of one GPU with its share of the host, in any currency.
         estimate: also where the load curve must be carried over to longer prompts.
     """
