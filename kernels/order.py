@@ -1,6 +1,6 @@
-"""Exact top-k by bisection: no sort until the end, and equal values go to the lowest position.
+"""Exact top-k by counting: no sort until the end, and equal values go to the lowest position.
 
-Floats are compared as integers of the same order. `threshold` finds the k-th largest of a row by halving an interval of
+Floats are compared as integers of the same order. `threshold` finds the k-th largest of a row by cutting an interval of
 integers and counting; whoever lies above it is kept, and of those equal to it the first ones by position.
 """
 
@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 DEAD = tl.constexpr(-2139095041)  # `ordered` of minus infinity
+FINITE = tl.constexpr(-2139095040)  # and of the smallest number above it
 LARGEST = tl.constexpr(0x7FFFFFFF)
 
 
@@ -31,9 +32,9 @@ def _combine(top0, bottom0, alive0, top1, bottom1, alive1):
 
 
 @triton.jit
-def extremes(keys):
-    """Largest and smallest finite key of a block and how many finite ones there are."""
-    alive = keys > DEAD
+def extremes(keys, floor):
+    """Largest and smallest of a block's keys from ``floor`` on, and how many they are."""
+    alive = keys >= floor
     return tl.reduce((keys, tl.where(alive, keys, LARGEST), alive.to(tl.int32)), 0, _combine)
 
 
@@ -48,31 +49,34 @@ def count_from(values, count, bound, first, BLOCK: tl.constexpr, ONE_BLOCK: tl.c
 
 
 @triton.jit
-def threshold(values, count, wanted, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr):
+def threshold(values, count, wanted, floor, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr):
     """What to keep of values[:count] for the ``wanted`` ≥ 1 largest finite ones.
 
+    ``floor`` is at most what `ordered` makes of the last of them: `FINITE` where nothing better is known.
     Returns ``bound`` (int32: keep what `ordered` puts above it), ``ties`` (and so many of those equal to it) and
     ``kept`` = min(wanted, finite values).
     """
     first = ordered_at(values, 0, count, BLOCK)
-    top, bottom, alive = extremes(first)
+    top, bottom, alive = extremes(first, floor)
     if not ONE_BLOCK:
         for start in range(BLOCK, count, BLOCK):
-            top1, bottom1, alive1 = extremes(ordered_at(values, start, count, BLOCK))
+            top1, bottom1, alive1 = extremes(ordered_at(values, start, count, BLOCK), floor)
             top, bottom, alive = _combine(top, bottom, alive, top1, bottom1, alive1)
     # invariant: at_low values are at least low, and they are enough; at_high are at least low + span, and they are not
     low, at_low, at_high = bottom, alive, tl.full([], 0, tl.int32)
     span = (top + 1 - low).to(tl.uint32, bitcast=True)
     while (at_low > wanted) & (span > 1):
-        # One count a step, little else: three bounds or a histogram a step cost more than the steps they save.
-        half = span >> 1
-        middle = low + half.to(tl.int32, bitcast=True)
+        # One count a step, little else: three bounds or a histogram a step cost more than the steps they save. Where
+        # the bound would lie if keys were spread evenly, but an eighth towards the middle, so that both ends move.
+        share = 0.0625 + 0.875 * (at_low - wanted).to(tl.float32) / (at_low - at_high).to(tl.float32)
+        step = tl.minimum(tl.maximum((share * span.to(tl.float32)).to(tl.uint32), 1), span - 1)
+        middle = low + step.to(tl.int32, bitcast=True)
         found = count_from(values, count, middle, first, BLOCK, ONE_BLOCK)
         enough = found >= wanted
         low = tl.where(enough, middle, low)
         at_low = tl.where(enough, found, at_low)
         at_high = tl.where(enough, at_high, found)
-        span = tl.where(enough, span - half, half)
+        span = tl.where(enough, span - step, step)
     tied = at_low > wanted  # then span = 1
     return tl.where(tied, low, low - 1), tl.where(tied, wanted - at_high, 0), tl.minimum(wanted, alive)
 

@@ -35,11 +35,9 @@ def score_children(
         logit = tl.load(logits + source.to(tl.int64) * logit_stride + codes, mask=exists, other=float("-inf"))
         if not ROOT:
             logit += tl.load(bias + request.to(tl.int64) * bias_stride + codes, mask=exists, other=0.0)
-        shifted = logit - tl.max(logit, 0)
-        log_p = shifted - tl.log(tl.sum(tl.exp(shifted), 0))
-        # + 0.0 makes a zero positive; whatever is no number is no candidate
-        log_p = tl.where(log_p == log_p, log_p + 0.0, float("-inf"))
+        valid = exists
         if tl.load(asked + num_requests + request) != 0:
+            # in front of the sums, which the loads' latency hides behind
             prefix = tl.load(prefixes + row)
             keys, num_keys, ranks, table = catalogue_of(asked, num_requests, request, catalogues, words, level)
             if ROOT:  # no code yet: every key is below it
@@ -52,7 +50,10 @@ def score_children(
                 keys, table, prefix, low, high, inside, size, suffix, rule, positions, begin, end, ranks, ranks_at,
                 IN_TABLE,
             )  # fmt: skip
-            log_p = tl.where(valid, log_p, float("-inf"))
+        shifted = logit - tl.max(logit, 0)
+        log_p = shifted - tl.log(tl.sum(tl.exp(shifted), 0))
+        # + 0.0 makes a zero positive; whatever is no number is no candidate
+        log_p = tl.where(valid & (log_p == log_p), log_p + 0.0, float("-inf"))
         first = row.to(tl.int64) * groups
         tl.store(log_probs + first * (FAN * FAN) + codes, log_p, mask=codes < groups * (FAN * FAN))
         best = tl.max(tl.reshape(log_p, [BLOCK // FAN, FAN]), 1) + tl.load(scores + row)

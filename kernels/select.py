@@ -9,7 +9,7 @@ their candidates. Each pick is exact and in position order, which keeps beams in
 import triton
 import triton.language as tl
 
-from .order import DEAD, ordered, ordered_at, places, threshold
+from .order import DEAD, FINITE, ordered, ordered_at, places, threshold
 from .validity import any_eligible, catalogue_of, child_range, rule_of
 
 
@@ -21,12 +21,16 @@ def position(chosen, at, exists, stage, FAN: tl.constexpr):
 
 
 @triton.jit
-def pick(values, count, width, above, chosen, stage, FAN: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr):
+def pick(
+    values, count, width, floor, above, chosen, stage,
+    FAN: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
     """Positions of the ``width`` best of values[:count] into ``chosen``, ascending; returns how many there are.
 
-    ``above`` are the positions chosen one stage before, each of which brought FAN values.
+    ``above`` are the positions chosen one stage before, each of which brought FAN values. Returned is also the floor of
+    the next stage: each of ``width`` values brings one that is as good.
     """
-    bound, ties, kept = threshold(values, count, width, BLOCK, ONE)
+    bound, ties, kept = threshold(values, count, width, floor, BLOCK, ONE)
     above_before = tl.full([], 0, tl.int32)
     tied_before = tl.full([], 0, tl.int32)
     for start in range(0, count, BLOCK):
@@ -35,7 +39,8 @@ def pick(values, count, width, above, chosen, stage, FAN: tl.constexpr, BLOCK: t
         at = start + tl.arange(0, BLOCK)
         tl.store(chosen + place, position(above, at, keep, stage, FAN), mask=keep)
     tl.debug_barrier()
-    return kept
+    last = bound + (ties == 0).to(tl.int32)
+    return kept, tl.where(kept == width, last, floor)
 
 
 @triton.jit
@@ -75,12 +80,14 @@ def select_beams(
     first = request.to(tl.int64) * K
     width = tl.minimum(tl.load(asked + request), K)
     row_size = groups * (FAN * FAN)
+    keys, num_keys, ranks, table = catalogue_of(asked, num_requests, request, catalogues, words, LEVEL)
     log_probs += first * row_size
     values += first * FAN
     chosen += first
 
     kept = tl.load(counts + request)
     count = kept * groups
+    floor = tl.full([], FINITE, tl.int32)
     # a loop, not three calls: half the machine code, all of which a program has to fetch once
     for stage in range(3):
         looked_at = values
@@ -91,7 +98,7 @@ def select_beams(
             if stage == 1:
                 source = maxima + first * groups * FAN
             gather(source, scores + first, chosen, count, values, row_size, stage, FAN, BLOCK)
-        kept = pick(looked_at, count, width, chosen, chosen + rows, stage, FAN, BLOCK, ONE)
+        kept, floor = pick(looked_at, count, width, floor, chosen, chosen + rows, stage, FAN, BLOCK, ONE)
         chosen += rows
         count = kept * FAN
     tl.store(new_counts + request, kept)
@@ -108,7 +115,6 @@ def select_beams(
     tl.store(new_scores + first + beam, total, mask=alive)
     tl.store(new_history + (first + beam) * L + LEVEL, log_p, mask=alive)
     child = tl.load(prefixes + parent, mask=alive, other=0) * size + code
-    keys, num_keys, ranks, table = catalogue_of(asked, num_requests, request, catalogues, words, LEVEL)
     if LEVEL == 0:  # the root: no code yet, so every key is below it
         low, high = tl.zeros_like(beam), num_keys + tl.zeros_like(beam)
     else:

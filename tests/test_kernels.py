@@ -23,7 +23,7 @@ if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from nezha_vllm.kernels.order import places, threshold  # noqa: E402
+from nezha_vllm.kernels.order import FINITE, places, threshold  # noqa: E402
 
 from nezha_vllm import triton_search  # noqa: E402
 from nezha_vllm.search_memory import Workspace, width_bucket  # noqa: E402
@@ -31,8 +31,8 @@ from nezha_vllm.triton_search import ALL, ALL_BUT, Plan  # noqa: E402
 
 
 @triton.jit
-def keep_largest(values, count, wanted, places_out, kept_out, BLOCK: tl.constexpr, ONE: tl.constexpr):
-    bound, ties, kept = threshold(values, count, wanted, BLOCK, ONE)
+def keep_largest(values, count, wanted, floor, places_out, kept_out, BLOCK: tl.constexpr, ONE: tl.constexpr):
+    bound, ties, kept = threshold(values, count, wanted, floor, BLOCK, ONE)
     tl.store(kept_out, kept)
     above = tl.full([], 0, tl.int32)
     tied = tl.full([], 0, tl.int32)
@@ -204,8 +204,9 @@ def test_any_small_search_equals_the_reference(data):
     st.lists(st.sampled_from([-np.inf, -3.5, -3.0, -1.0, 0.0, 2.0, 1e30]) | st.floats(-9, 0, width=32), max_size=150),
     st.integers(1, 40),
     st.booleans(),
+    st.none() | st.integers(0, 1 << 26),
 )
-def test_threshold_keeps_the_largest_and_the_first_of_equals(values, wanted, at_once):
+def test_threshold_keeps_the_largest_and_the_first_of_equals(values, wanted, at_once, below_the_last):
     if not values:
         return
     array = np.asarray(values, np.float32) + 0.0
@@ -214,8 +215,12 @@ def test_threshold_keeps_the_largest_and_the_first_of_equals(values, wanted, at_
     tensor = torch.from_numpy(array).to(DEVICE)
     found = torch.full((count,), -9, dtype=torch.int32, device=DEVICE)
     kept = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    keep_largest[(1,)](tensor, count, wanted, found, kept, BLOCK=block, ONE=at_once)
     best = [at for at in np.argsort(-array, kind="stable")[:wanted] if np.isfinite(array[at])]
+    floor = FINITE.value
+    if below_the_last is not None and len(best) == wanted:
+        bits = int(array[best[-1]].view(np.int32))
+        floor = max(floor, (bits ^ ((bits >> 31) & 0x7FFFFFFF)) - below_the_last)
+    keep_largest[(1,)](tensor, count, wanted, floor, found, kept, BLOCK=block, ONE=at_once)
     expected = np.full(count, -1)
     expected[sorted(best)] = np.arange(len(best))
     assert found.tolist() == expected.tolist()
