@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import psutil
 import pytest
+import torch
 from answers import assert_same_answer, of_output
 from conftest import BLOCK_SIZE, start
 from test_engine import LENGTHS, N, ask, prompt_of
@@ -21,6 +25,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
 GRAPHS = {"cudagraph_mode": "FULL", "cudagraph_capture_sizes": [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]}
 SAME = 1e-5  # on scores: float32 on the same kernels, whose rows may lie elsewhere in a batch
 BATCHES = (1, 7, 32, 64, 256)
+ASKED = [(1, "stepwise"), (7, "final"), (64, "stepwise"), (512, "final"), (512, "stepwise"), (10, "stepwise")]
+MIXED = 84  # answers to compare: every combination 14 times
+REQUESTS = 10_000
+MIB = 1 << 20
 MOST_LEAN = 32  # prompts that fit the largest graph together
 
 
@@ -59,14 +67,35 @@ def assert_same(found: list[RequestOutput], expected: list[RequestOutput], toler
         assert_same_answer(of_output(output), of_output(other), tolerance)
 
 
+def mixed(llm: LLM, checkpoint: Path, size: int) -> list[RequestOutput]:
+    """Widths, validity modes and lengths in one batch; the shapes of the first answers repeat in the later ones."""
+    from vllm import SamplingParams
+
+    lengths = [LENGTHS[37 * place % len(LENGTHS)] for place in range(max(size, MIXED))]
+    params = [
+        SamplingParams(n=min(N, width), extra_args={"beam_width": width, "validity": mode})
+        for width, mode in islice(cycle(ASKED), len(lengths))
+    ]
+    outputs: list[RequestOutput] = []
+    for first in range(0, len(lengths), size):
+        prompts = [prompt_of(length, checkpoint) for length in lengths[first : first + size]]
+        outputs += llm.generate(prompts, params[first : first + size], use_tqdm=False)
+    return outputs
+
+
 @pytest.fixture(scope="module")
-def expected(checkpoint: Path) -> list[RequestOutput]:
-    """vLLM's own steps, each prompt alone."""
+def plain(checkpoint: Path) -> tuple[list[RequestOutput], list[RequestOutput]]:
+    """vLLM's own steps, each prompt alone: of one width, and of several."""
     llm = engine(checkpoint, lean=False, enable_prefix_caching=False)
-    outputs = all_batches(llm, checkpoint, 1)
+    outputs = all_batches(llm, checkpoint, 1), mixed(llm, checkpoint, 1)
     assert lean_steps(llm) == 0
     stop(llm)
     return outputs
+
+
+@pytest.fixture(scope="module")
+def expected(plain: tuple[list[RequestOutput], list[RequestOutput]]) -> list[RequestOutput]:
+    return plain[0]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["sync", "async"])
@@ -89,6 +118,30 @@ def test_every_prompt_length_gives_the_same_answer(
     assert all(output.num_cached_tokens == 0 for output in outputs)
     # a prompt that arrives while a step runs opens another step, so there may be more of them than batches
     assert lean_steps(llm) - before >= -(-len(LENGTHS) // size)
+
+
+@pytest.mark.parametrize("size", [7, 64, 256])
+def test_widths_modes_and_lengths_mix_in_a_batch(
+    llm: LLM, checkpoint: Path, plain: tuple[list[RequestOutput], list[RequestOutput]], size: int
+) -> None:
+    llm.reset_prefix_cache()
+    assert_same(mixed(llm, checkpoint, size)[:MIXED], plain[1])
+
+
+def test_ten_thousand_requests_leave_no_memory_behind(llm: LLM, checkpoint: Path) -> None:
+    def use(requests: int) -> tuple[int, list[int]]:
+        for _ in range(requests // 256):
+            mixed(llm, checkpoint, 256)
+        free, total = torch.cuda.mem_get_info()
+        here = psutil.Process()
+        return total - free, [process.memory_info().rss for process in [here, *here.children(recursive=True)]]
+
+    gpu_before, host_before = use(2 * 1024)
+    gpu, host = use(REQUESTS)
+    grown = np.subtract(host, host_before)
+    print(f"\nGPU {gpu_before / MIB:.0f} to {gpu / MIB:.0f} MiB, processes by {grown / MIB} MiB")
+    assert gpu <= gpu_before + 2 * MIB
+    assert grown.max() <= 32 * MIB
 
 
 def test_cached_prompts_give_the_same_answer(llm: LLM, checkpoint: Path, expected: list[RequestOutput]) -> None:
