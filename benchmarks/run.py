@@ -162,7 +162,7 @@ def serve_and_ask(step: ServerStep, model: Path, arguments: argparse.Namespace) 
     asked.clients, asked.rates, asked.processes = step.clients, step.rates, 4
     workload = Workload.of(model)
     alone, loaded = Recorder("latency", asked, workload), Recorder("throughput", asked, workload)
-    needed = asked.processes if step.rates or not wrk.installed() else 0
+    needed = 0 if wrk.installed() else asked.processes
     try:
         with VllmBench(needed) as bench, serving(step.systems[0], str(model), workload, asked.vllm_args) as target:
             for system in step.systems:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"open loop: arrivals a second, or auto: {AUTO_RATES} of the closed loop's best",
     )
     http.add_argument("--p99", type=float, default=30.0, metavar="MS", help="bound of the summary (default 30)")
-    http.add_argument("--processes", type=int, default=4, help="of vllm bench serve (default %(default)s)")
+    http.add_argument("--processes", type=int, default=4, help="of vllm bench serve, without wrk (default %(default)s)")
     parser.add_argument("--batches", nargs="+", type=int, default=[256], help="offline: prompts in one call")
     arguments = parse(parser, argv)
     if len(arguments.systems) > 1 and arguments.over != "http":
@@ -53,7 +53,7 @@ def best_of(recorder: Recorder) -> None:
 
 
 def over_http(recorder: Recorder, arguments: argparse.Namespace, workload: Workload) -> None:
-    needed = arguments.processes if arguments.rates or not wrk.installed() else 0
+    needed = 0 if wrk.installed() else arguments.processes
     with VllmBench(needed) as bench:
         each_cell(arguments, workload, lambda target, cell: sweep(recorder, target, cell, arguments, bench))
 
@@ -80,7 +80,8 @@ def sweep(recorder: Recorder, target: Target, cell: Cell, arguments: argparse.Na
     for number, rate in enumerate(rates(arguments.rates, best)):
         columns = same | {"load": "open", "request_rate": rate, "engine_tokens": alone.engine_tokens}
         try:
-            found = bench.open_loop(target, cell, rate, seconds, 10 * (seed + number) + 5)
+            generator = wrk if wrk.installed() else bench
+            found = generator.open_loop(target, cell, rate, seconds, 10 * (seed + number) + 5)
         except RuntimeError as error:
             found = {"note": str(error)[:300]}
         recorder.add(target.system, cell, **columns, **found)

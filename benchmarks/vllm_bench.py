@@ -1,4 +1,4 @@
-"""Load by `vllm bench serve`: open loop with Poisson arrivals, and closed loop where `wrk` is not installed.
+"""Load by `vllm bench serve`, open and closed loop, where `wrk` is not installed.
 
 One process of it is an asyncio loop in Python and saturates before a fast server does, so several share the load: the
 sum of independent Poisson processes is a Poisson process. It always asks for a stream, and a request ends with the last
@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from benchmarks.machine import ROOT
-from benchmarks.rows import latencies
+from benchmarks.rows import BEHIND, latencies
 from benchmarks.served import MODEL, Target
 from benchmarks.workload import Cell
 
@@ -61,7 +61,7 @@ class VllmBench:
         """Poisson arrivals at ``rate`` requests/s in all. Columns of a row."""
         total = max(round(rate * seconds), 20)
         found = self._run(target, cell, self.count, total, seed, lambda _: ["--request-rate", str(rate / self.count)])
-        if found["requests_per_s"] < 0.95 * rate:
+        if found["requests_per_s"] < BEHIND * rate:
             found["note"] = f"fell behind the arrivals: {found['requests_per_s']:.0f} of {rate:.0f} req/s"
         return found
 

@@ -1,5 +1,6 @@
--- Every request a new history: wrk … URL -- ITEMS HEAD TAIL COUNT SEED
+-- Every request a new history: wrk … URL -- ITEMS HEAD TAIL COUNT SEED PAUSE
 -- ITEMS is a file with what a prompt says for an item, one a line; HEAD and TAIL are the JSON around the prompt.
+-- In front of every request a client pauses for PAUSE ms in the mean, exponentially distributed; 0 for no pause.
 
 local threads = 0
 
@@ -12,6 +13,10 @@ function init(args)
    items, head, tail, count = {}, args[2], args[3], tonumber(args[4])
    for line in io.lines(args[1]) do items[#items + 1] = line end
    math.randomseed(tonumber(args[5]) * 1000 + number)
+   local pause = tonumber(args[6])
+   if pause > 0 then
+      function delay() return math.floor(0.5 - pause * math.log(1 - math.random())) end
+   end
    wrk.method = "POST"
    wrk.headers["Content-Type"] = "application/json"
 end

@@ -1,5 +1,8 @@
-"""Closed loop by `wrk`: C clients, each sends its next request when the last is answered. Written in C, so that it does
-not become what is measured."""
+"""Load by `wrk`, which is written in C, so that it does not become what is measured.
+
+Closed loop: C clients, each sends its next request when the last is answered. Open loop: many users, each of whom
+pauses for an exponential time in front of a request. As long as pauses are long beside answers, arrivals are Poisson.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rows import BEHIND
 from benchmarks.served import Target
 from benchmarks.workload import Cell
 
+USERS = 2048  # of an open loop
 SCRIPT = Path(__file__).with_name("wrk.lua")
 INSTALL = "wrk is not installed (Debian, Ubuntu: apt install wrk)"
 
@@ -25,19 +30,31 @@ def installed() -> bool:
 
 def closed_loop(target: Target, cell: Cell, clients: int, seconds: float, seed: int) -> dict[str, Any]:
     """Columns of a row. Raises ``RuntimeError`` with wrk's words if it measured nothing."""
+    return {"generator": version()} | _load(target, cell, clients, 0, seconds, seed)
+
+
+def open_loop(target: Target, cell: Cell, rate: float, seconds: float, seed: int) -> dict[str, Any]:
+    """Arrivals at ``rate`` requests/s in all, plain JSON answers. Columns of a row."""
+    found = _load(target, cell, USERS, round(1000 * USERS / rate), seconds, seed)
+    if found["requests_per_s"] < BEHIND * rate:
+        found["note"] = f"fell behind the arrivals: {found['requests_per_s']:.0f} of {rate:.0f} req/s"
+    return {"generator": f"{version()}, {USERS:,} users"} | found
+
+
+def _load(target: Target, cell: Cell, clients: int, pause_ms: int, seconds: float, seed: int) -> dict[str, Any]:
     body = json.dumps(target.body(cell))
     threads = min(clients, max(1, (os.cpu_count() or 1) // 4))
     argv = ["wrk", "--latency", "-t", str(threads), "-c", str(clients), "-d", f"{max(1, round(seconds))}s"]
     # of the longest request; wrk sets aside 8 MB a second of it, and never touches most of that
     argv += ["--timeout", f"{max(10, round(2 * seconds))}s", "-s", str(SCRIPT), f"{target.url}/v1/completions", "--"]
     argv += [_items(target), body[:-1] + ', "prompt": "', '"}', str(target.workload.history_items(cell.prompt_tokens))]
-    run = subprocess.run([*argv, str(seed)], capture_output=True, text=True, timeout=60 + 3 * seconds)
+    argv += [str(seed), str(pause_ms)]
+    run = subprocess.run(argv, capture_output=True, text=True, timeout=60 + 3 * seconds)
     lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     found = json.loads(lines[-1].removeprefix("RESULT ")) if lines else {"requests": 0}
     if not found["requests"]:
         raise RuntimeError(f"wrk measured nothing in {seconds:.0f} s: {(run.stderr or run.stdout)[-300:].strip()}")
     return {
-        "generator": version(),
         "requests": found["requests"],
         "errors": found["errors"],
         "seconds": found["seconds"],
