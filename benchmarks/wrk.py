@@ -19,7 +19,7 @@ from benchmarks.rows import BEHIND
 from benchmarks.served import Target
 from benchmarks.workload import Cell
 
-USERS = 2048  # of an open loop
+USERS = 512  # of an open loop
 SCRIPT = Path(__file__).with_name("wrk.lua")
 INSTALL = "wrk is not installed (Debian, Ubuntu: apt install wrk)"
 
