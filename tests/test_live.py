@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import threading
 import time
 import urllib.error
@@ -160,6 +161,23 @@ def test_new_items_on_codes_of_no_earlier_item_are_reached_in_a_running_server(l
     answer = live.post({"prompt": f"<item:{new[0]}>", "n": 4, "vllm_xargs": {"allow_items": new[1:], "beam_width": 50}})
     assert {choice["text"] for choice in answer["choices"]} == set(new[1:])
     assert any(item.startswith("new") for ranking in live.expected["three"] for item, _ in ranking)
+
+
+def test_a_client_that_does_not_read_its_stream_holds_up_no_swap(live: Live) -> None:
+    live.publish("one")
+    live.wait_for("one")
+    prompts = [f"<item:{HISTORIES[number % 12][0]}>" for number in range(40)]
+    body = json.dumps({"prompt": prompts, "n": 400, "stream": True, "vllm_xargs": {"beam_width": 500}})
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # of 16,000 events
+        connection.connect((host, int(port)))
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        for version in ("two", "three", "one"):
+            live.publish(version)
+            live.wait_for(version)
 
 
 @pytest.mark.parametrize("what", ["keys.safetensors", "items.arrow", "manifest.json", "levels", "CURRENT"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +23,9 @@ from nezha_vllm.engine.draft_stage import DraftStage, Search
 from nezha_vllm.engine.searched import Searched
 from nezha_vllm.engine.stage_clock import StageClock
 from nezha_vllm.engine.versions import BUSY, HELD, LOADED, LOADING, REFUSED, Versions
-from nezha_vllm.frontend import follow
+from nezha_vllm.frontend import follow, install
 from nezha_vllm.frontend.follow import Follower, Swap
-from nezha_vllm.frontend.service import Service, one_request, service_for_request
+from nezha_vllm.frontend.service import Service, end_request, one_request, service_for_request
 from nezha_vllm.generation import FIRST, Generation
 from nezha_vllm.memory import available_bytes, check_fits
 from nezha_vllm.semantic_id import SemanticIdCodec
@@ -188,6 +189,69 @@ def test_a_request_keeps_the_service_it_began_with(catalogues: dict[str, Catalog
     assert asyncio.run(request()) == [before, before, before, after]
 
 
+def test_a_request_inside_of_another_is_part_of_it_until_that_has_ended(catalogues: dict[str, Catalogue]) -> None:
+    before, after = service(catalogues["a"], Path()), service(catalogues["b"], Path())
+    with one_request():
+        assert service_for_request(before) is before
+        with one_request():
+            assert service_for_request(after) is before
+        assert service_for_request(after) is before
+        gone = weakref.ref(before)
+        end_request()
+        del before
+        assert gone() is None, "nothing keeps a service alive for the time that an answer is read"
+        with one_request():
+            assert service_for_request(after) is after
+
+
+def test_a_request_by_another_route_is_one_request_too(
+    catalogues: dict[str, Catalogue], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by /invocations: vLLM's handler is called, and no route of ours."""
+    before, after = service(catalogues["a"], Path()), service(catalogues["b"], Path())
+    monkeypatch.setattr(install, "service_of", lambda _: before)
+    monkeypatch.setattr("nezha_vllm.frontend.completions.prepare", lambda request, _: request)
+    monkeypatch.setattr("nezha_vllm.frontend.options.make_plan", lambda *_: None)
+
+    async def render(handler: Any, request: Any, raw_request: Any) -> Service:
+        return service_for_request(after)
+
+    handler, request = SimpleNamespace(model_config=None), SimpleNamespace(to_sampling_params=lambda *_: None)
+    assert asyncio.run(install._create_completion(render)(handler, request)) is before
+
+
+def test_requests_that_hold_up_a_swap_are_told_of_once(
+    catalogues: dict[str, Catalogue], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(follow, "LONG_REQUESTS", 0.02)
+    store = Store(tmp_path / "store")
+    engine = Versions(Loaded("a"), lambda wanted: Loaded(wanted.version))
+
+    async def run() -> list[str]:
+        renderer = SimpleNamespace(current=service(catalogues["a"], store.folder))
+        follower = Follower(Alone(engine), renderer, "model", lambda *_: None)
+        request = renderer.current
+        for name in "ab":
+            catalogues[name].save(tmp_path / name)
+            store.publish(tmp_path / name, force=True)
+            await follower.look()
+        assert renderer.current.catalogue.version == "b"
+        store.rollback()
+        for _ in range(10):
+            await follower.look()
+            await asyncio.sleep(0.01)
+        assert renderer.current.catalogue.version == "b"
+        del request
+        await asyncio.sleep(0.01)
+        await follower.look()
+        return [renderer.current.catalogue.version]
+
+    assert asyncio.run(run()) == ["a"]
+    (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "version a has waited" in line
+    assert "this API process" in line
+
+
 @pytest.fixture(scope="module")
 def catalogues() -> dict[str, Catalogue]:
     rng, found = np.random.default_rng(0), {}
@@ -216,6 +280,18 @@ class Connection:
             return engine.call(action, *arguments)
 
         return await asyncio.gather(*map(one, self.engines))
+
+
+class Alone:
+    """The way of the only API process to the only engine."""
+
+    client, num_clients, dead = 0, 1, False
+
+    def __init__(self, engine: Versions) -> None:
+        self.engine = engine
+
+    async def call(self, action: str, *arguments: Any) -> list[list[Any]]:
+        return [self.engine.call(action, *arguments)]
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import json
 import logging
+import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ logger = logging.getLogger("vllm.nezha")
 
 OVERTAKEN = "another generation came first"  # a reason that nobody needs to know
 FIRST_WAIT, LONGEST_WAIT = 0.02, 0.25  # seconds between two looks at how far the others are
+LONG_REQUESTS = 30.0  # seconds that they may hold up a swap before a line says so
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Follower:
         self._refused: Generation | str | None = None  # the last one told of, or what was wrong with the pointer
         self._old: Callable[[], Service | None] = lambda: None
         self._hurried = False
+        self._busy_since: float | None = None  # when a swap began to wait for requests; inf once told of
 
     async def run(self) -> None:
         """Until the engines are gone."""
@@ -109,11 +112,12 @@ class Follower:
                 self._served = pointed
             pending = self._others(await self._engines.call("pending"))
             if not pending and self._served is not None and pointed[1:] == self._served[1:]:
-                self._refused = None
+                self._refused = self._busy_since = None
                 return
             wanted = await self._loaded_by_engines(max(pending, default=pointed))
             if wanted is None:
                 return
+            self._busy_since = None
             catalogue = await self._held_by_all(wanted)
         except CatalogueError as problem:  # the pointer itself
             self._refuse(None, str(problem), begun)
@@ -141,7 +145,7 @@ class Follower:
             busy = [reply for reply in replies if reply[0] == BUSY]
             others = self._others(busy)
             if busy and not others:
-                self._hurry()
+                self._hurry(wanted)
                 return None  # requests on the generation before ours are still under way
             if len(busy) < len(replies):
                 others.add(wanted)
@@ -169,11 +173,19 @@ class Follower:
                 return catalogue
         raise AssertionError("waiting has no end")
 
-    def _hurry(self) -> None:
+    def _hurry(self, wanted: Generation) -> None:
         """Where the service before lives on at the second look, look for it among what waits to be collected."""
         if self._old() is not None and self._hurried:
             gc.collect()
         self._hurried = self._old() is not None
+        now = time.monotonic()
+        if self._busy_since is None:
+            self._busy_since = now
+        elif now - self._busy_since > LONG_REQUESTS:
+            place = "this API process" if self._hurried else "another API process"
+            waits = f"catalogue version {wanted.version} has waited for {LONG_REQUESTS:.0f} s"
+            logger.warning("NEZHA: %s: requests on the version before are still under way in %s", waits, place)
+            self._busy_since = math.inf
 
     def _swap(self, wanted: Generation, catalogue: Catalogue, begun: float) -> None:
         old: Service = self._renderer.current

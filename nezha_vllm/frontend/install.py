@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi.routing import APIRoute
 
-from nezha_vllm.frontend.service import service_for_request, service_of
+from nezha_vllm.frontend.service import end_request, one_request, service_for_request, service_of
 
 _INSTALLED: set[tuple[type, str]] = set()
 
@@ -114,6 +114,7 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
 
     from nezha_vllm.frontend.options import PLAN, engine_params, make_plan
     from nezha_vllm.frontend.prompts import complete_prompt
+    from nezha_vllm.frontend.rules import PromptTokens
 
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         # the renderer's own service: another engine of this process may serve the same folder with other settings
@@ -124,9 +125,12 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
             request = original(self, request_id, prompt, params, *args, **kwargs)
             request.sampling_params = params
             return request
-        service = getattr(prompt.get("prompt_token_ids"), "service", None) or service
+        tokens = prompt.get("prompt_token_ids")
+        service = getattr(tokens, "service", None) or service
         # vLLM checks and deep-copies what it is given, 0.1 ms for a user's parameters; these it takes as they are
-        plan = make_plan(service, params, prompt.get("prompt_token_ids") or ())
+        plan = make_plan(service, params, tokens or ())
+        if isinstance(tokens, PromptTokens):
+            tokens.service = None  # vLLM keeps them while it streams, and the plan ends with the search
         params = engine_params(plan, params.output_kind)
         request = original(self, request_id, prompt, params, *args, **kwargs)
         request.prompt_token_ids = complete_prompt(request.prompt_token_ids, service)
@@ -186,13 +190,14 @@ def _create_completion(original: Callable[..., Any]) -> Callable[..., Any]:
         service = service_of(self.model_config)
         if service is None:
             return await original(self, request, raw_request)
-        service = service_for_request(service)
-        try:
-            request = prepare(request, service)
-            make_plan(service, request.to_sampling_params(1, {}))
-        except (ValueError, VLLMValidationError) as error:
-            return self.create_error_response(error)
-        return await original(self, request, raw_request)
+        with one_request():  # /invocations comes by no route of ours
+            service = service_for_request(service)
+            try:
+                request = prepare(request, service)
+                make_plan(service, request.to_sampling_params(1, {}))
+            except (ValueError, VLLMValidationError) as error:
+                return self.create_error_response(error)
+            return await original(self, request, raw_request)
 
     return create_completion
 
@@ -221,6 +226,7 @@ def _stream(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if service_of(self.model_config) is None:
             return original(self, request, engine_inputs, result_generator, *args, **kwargs)
+        end_request()
         results: dict[int, Any] = {}
 
         async def recorded() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -46,10 +47,7 @@ class NezhaRenderer(HfRenderer):
             tokens = super().tokenize_prompt(self._history(prompt, service), self._limits(params))
         except VLLMValidationError as error:
             raise self._explain(error) from None
-        return {
-            **tokens,
-            "prompt_token_ids": self._naming(prompt, self._complete(list(tokens["prompt_token_ids"])), service),
-        }
+        return {**tokens, "prompt_token_ids": self._completed(prompt, tokens["prompt_token_ids"], service)}
 
     async def tokenize_prompt_async(self, prompt: Any, params: Any) -> Any:
         if (encoded := self._encode(prompt, params)) is not None:
@@ -59,10 +57,7 @@ class NezhaRenderer(HfRenderer):
             tokens = await super().tokenize_prompt_async(self._history(prompt, service), self._limits(params))
         except VLLMValidationError as error:
             raise self._explain(error) from None
-        return {
-            **tokens,
-            "prompt_token_ids": self._naming(prompt, self._complete(list(tokens["prompt_token_ids"])), service),
-        }
+        return {**tokens, "prompt_token_ids": self._completed(prompt, tokens["prompt_token_ids"], service)}
 
     def encode(self, prompt: str | list[int]) -> list[int] | None:
         """A complete prompt, checked; None for a text that needs the tokenizer. Raises a 400 for bad token ids."""
@@ -85,8 +80,8 @@ class NezhaRenderer(HfRenderer):
         token_ids = self._tokens(prompt["prompt"], [*history, *service.placeholder_token_ids], service)
         return {**prompt, "prompt": self.encoder.text(history), "prompt_token_ids": token_ids}
 
-    def _naming(self, prompt: Any, token_ids: list[int], service: Service) -> list[int]:
-        return self._tokens(prompt["prompt"], token_ids, service) if "prompt" in prompt else token_ids
+    def _completed(self, prompt: Any, token_ids: Sequence[int], service: Service) -> list[int]:
+        return self._tokens(prompt.get("prompt", ""), self._complete(list(token_ids)), service)
 
     def _tokens(self, text: str, token_ids: list[int], service: Service) -> list[int]:
         """Token ids that know what they come from.

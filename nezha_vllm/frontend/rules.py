@@ -24,7 +24,7 @@ MAX_ITEMS = 65_536
 class PromptTokens(list):
     """Token ids of a prompt that also know its text: codes do not tell items that share a semantic ID apart.
 
-    And the service that gave its items their codes.
+    And, until the search is planned, the service that gave its items their codes.
     """
 
     text = ""

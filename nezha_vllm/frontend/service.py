@@ -84,20 +84,35 @@ class _Request:
     service: Service | None = None
     over = False
 
+    def end(self) -> None:
+        self.service, self.over = None, True
+
 
 @contextmanager
 def one_request() -> Iterator[None]:
     """What this task, and tasks it starts, do inside is one request, and is answered by one service.
 
-    Rendering, checks and answers of a request are apart in time, and the catalogue may be swapped between them.
+    Checks and rendering of a request are apart in time, and the catalogue may be swapped between them. Inside of
+    another's, it is part of that request.
     """
+    outer = _REQUEST.get()
+    if outer is not None and not outer.over:
+        yield
+        return
     request = _Request()
     token = _REQUEST.set(request)
     try:
         yield
     finally:
         _REQUEST.reset(token)
-        request.service, request.over = None, True
+        request.end()
+
+
+def end_request() -> None:
+    """Its prompts are rendered, and each has the service now: whoever reads the answer may take hours."""
+    request = _REQUEST.get()
+    if request is not None:
+        request.end()
 
 
 def service_for_request(current: Service) -> Service:
