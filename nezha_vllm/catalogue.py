@@ -181,6 +181,10 @@ class Catalogue:
         """Rows of items. Raises ``UnknownItemError`` for the first that is unknown."""
         return self._index.rows(item_ids)
 
+    def find_rows(self, item_ids: Sequence[str]) -> list[int]:
+        """Rows of items, -1 for those that are unknown."""
+        return self._index.find(item_ids)
+
     def codes_of(self, item_id: str) -> list[int]:
         """Codes of an item. Raises ``UnknownItemError``."""
         return self.codes[self.row(item_id)].tolist()

@@ -47,6 +47,13 @@ class ItemIndex:
 
     def rows(self, item_ids: Sequence[str]) -> list[int]:
         """The items' rows. Raises ``UnknownItemError`` for the first that is none."""
+        rows = self.find(item_ids)
+        if -1 in rows:
+            raise UnknownItemError(item_ids[rows.index(-1)])
+        return rows
+
+    def find(self, item_ids: Sequence[str]) -> list[int]:
+        """The items' rows, -1 for those that are none."""
         # surrogatepass: an ID that is no proper Unicode is unknown, not a crash
         wanted = [item_id.encode("utf-8", "surrogatepass") for item_id in item_ids]
         begin, end = self._shared, self._shared + HEAD_BYTES  # whether it begins like all IDs is seen at the end
@@ -54,10 +61,7 @@ class ItemIndex:
         heads = np.array(integers, np.uint64)
         lows = np.maximum((np.searchsorted(self._heads, heads, "left") - 1) * self._stride + 1, 0)
         highs = np.searchsorted(self._heads, heads, "right") * self._stride
-        rows = list(map(self._row, wanted, lows.tolist(), highs.tolist()))
-        if -1 in rows:
-            raise UnknownItemError(item_ids[rows.index(-1)])
-        return rows
+        return list(map(self._row, wanted, lows.tolist(), highs.tolist()))
 
     def _row(self, wanted: bytes, low: int, high: int) -> int:
         """Row of an ID in a range of positions; -1 if it is not there."""

@@ -3,8 +3,8 @@
 vLLM passes one array pair a request through its logprobs channel without looking inside (`LogprobsTensors` in
 ``vllm/v1/outputs.py``). Row n of a batch carries the n best beams of request n:
 
-* ``token_ids`` int32 [N, 1 + C]: how many beams were finished before validity was checked, then positions in the
-  catalogue's sorted keys, -1 where there is none;
+* ``token_ids`` int32 [N, 1 + C]: how many beams were finished before validity was checked, ``GONE`` if there is no
+  catalogue to search; then positions in the catalogue's sorted keys, -1 where there is none;
 * ``log_probs`` float32 [N, C · L]: the beams' log-probabilities, one a level;
 * ``ranks`` int64 [N]: how many of the finished beams are items, in the lower half; in the upper half how many
   microseconds the draft stage took, 0 if unknown.
@@ -46,12 +46,20 @@ class HostPayload(NamedTuple):
 
 AnyPayload = TypeVar("AnyPayload", Payload, HostPayload)
 
+GONE = -1
 _SECONDS_AT = 32  # bits below
 
 
 def with_seconds(payload: AnyPayload, seconds: float) -> AnyPayload:
     """The payload of a step whose draft stage took so long."""
     return payload._replace(ranks=payload.ranks + (round(seconds * 1e6) << _SECONDS_AT))
+
+
+def with_gone(payload: AnyPayload, rows: Sequence[int]) -> AnyPayload:
+    """The payload, where the catalogue that some of the requests are to be answered from is gone."""
+    if rows:
+        payload.token_ids[list(rows), 0] = GONE
+    return payload
 
 
 def gather(

@@ -54,9 +54,9 @@ def read_pointer(store: Path) -> Pointer:
     """Raises ``CatalogueError`` if it is missing or damaged."""
     path = store / CURRENT
     remedy = f"see what there is with `nezha catalogue status {store}` and choose with `nezha catalogue rollback --to`"
-    if path.is_symlink() or not path.is_file():
-        raise CatalogueError(f"{path} is no regular file; {remedy}")
     try:
+        if path.is_symlink() or not path.is_file():
+            raise CatalogueError(f"{path} is no regular file; {remedy}")
         fields = json.loads(path.read_text(encoding="utf-8"))
         if fields.pop("checksum") != checksum(fields):
             raise CatalogueError(f"{path} is damaged: its checksum does not match; {remedy}")

@@ -36,6 +36,14 @@ def test_items_are_found_and_others_are_not(max_heads, endings, others, beginnin
                 index.rows([ids[0], other])
 
 
+def test_unknown_items_among_others_take_one_pass(monkeypatch):
+    index, passes = index_of(["a", "b"]), []
+    search = np.searchsorted
+    monkeypatch.setattr(np, "searchsorted", lambda *arguments: passes.append(arguments) or search(*arguments))
+    assert index.find(["x", "a", "y", "b", "a"]) == [-1, 0, -1, 1, 0]
+    assert len(passes) == 2
+
+
 def test_the_first_unknown_item_is_named():
     with pytest.raises(UnknownItemError, match="'x' is not in the catalogue"):
         index_of(["a", "b"]).rows(["a", "x", "y"])

@@ -142,6 +142,7 @@ def test_a_history_is_its_named_items_and_whole_ids_elsewhere(service: SimpleNam
         ({"min_score": "low"}, "min_score"),
         ({"min_score": float("nan")}, "min_score"),
         ({"min_score": True}, "min_score"),
+        ({"min_score": 10**400}, "min_score"),
     ],
 )
 def test_rules_that_cannot_be_read_are_refused_by_name(service: SimpleNamespace, options: dict, name: str) -> None:
@@ -151,6 +152,13 @@ def test_rules_that_cannot_be_read_are_refused_by_name(service: SimpleNamespace,
     with pytest.raises(exceptions.VLLMValidationError) as error:
         read_rules(service, options, [])
     assert error.value.parameter == name
+
+
+def test_a_min_score_beyond_every_score_is_a_number_too(service: SimpleNamespace) -> None:
+    pytest.importorskip("vllm")
+    from nezha_vllm.frontend.rules import read_rules
+
+    assert read_rules(service, {"min_score": 1 << 64}, []).min_score == float(1 << 64)
 
 
 def test_unknown_items_to_exclude_are_counted(service: SimpleNamespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -191,6 +192,16 @@ def test_a_pointer_is_no_path(store, name):
     write_pointer(store.folder, Pointer(name, "0", 9, None, "now"))
     with pytest.raises(CatalogueError, match="CURRENT is damaged"):
         Catalogue.load(store.folder)
+
+
+@pytest.mark.parametrize("error", [PermissionError, OSError(errno.ESTALE, "stale file handle")])
+def test_a_store_that_cannot_be_reached_is_a_damaged_pointer(store, monkeypatch, error):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(Path, "is_symlink", fail)
+    with pytest.raises(CatalogueError, match="CURRENT is damaged"):
+        read_pointer(store.folder)
 
 
 @pytest.mark.parametrize("what", [VERSIONS, f"{VERSIONS}/two", f"{VERSIONS}/two/{ITEMS}", CURRENT])

@@ -14,7 +14,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.v1.engine import FinishReason
 
+from nezha_vllm import payload
 from nezha_vllm.beam import BeamSearch
 from nezha_vllm.catalogue import Catalogue, CatalogueError, Keys, load_keys
 from nezha_vllm.draft_head import DraftHead
@@ -24,6 +27,7 @@ from nezha_vllm.engine.searched import Searched
 from nezha_vllm.engine.stage_clock import StageClock
 from nezha_vllm.engine.versions import BUSY, HELD, LOADED, LOADING, REFUSED, Versions
 from nezha_vllm.frontend import follow, install
+from nezha_vllm.frontend.answers import NezhaRequestState, _PayloadSink
 from nezha_vllm.frontend.follow import Follower, Swap
 from nezha_vllm.frontend.service import Service, end_request, one_request, service_for_request
 from nezha_vllm.generation import FIRST, Generation
@@ -91,6 +95,14 @@ def test_a_refusal_drops_the_generation_everywhere_and_ends_after_a_while(monkey
     assert versions.call("load", *two) == [REFUSED, "no memory"]
     monkeypatch.setattr(engine_versions.time, "monotonic", lambda: 1e12)
     assert wait_for(versions, two) == [LOADED]
+
+
+def test_each_refusal_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = Versions(Loaded("first"), lambda wanted: Loaded(wanted.version))
+    for wanted in (generation(2), generation(3)):
+        versions.call("refuse", wanted.key, wanted.version)
+    assert versions.call("load", *generation(2)) == [REFUSED, "v2"]
+    assert versions.call("load", *generation(3)) == [REFUSED, "v3"]
 
 
 def test_what_cannot_be_read_is_refused_with_the_reason() -> None:
@@ -161,6 +173,7 @@ def test_requests_of_two_generations_in_one_step_are_searched_each_in_its_own() 
     for row, key in enumerate(asked):
         if key in (None, "gone"):
             assert (together.token_ids[row, 1:] == -1).all(), "nobody gets what nobody asked for"
+            assert together.token_ids[row, 0] == (0 if key is None else payload.GONE)
             continue
         alone = stage(states[row], [searches[row]])
         assert together.token_ids[row].tolist() == alone.token_ids[0].tolist()
@@ -168,6 +181,20 @@ def test_requests_of_two_generations_in_one_step_are_searched_each_in_its_own() 
         keys = torch.from_numpy(first if key == FIRST else second)
         reference = BeamSearch(head, keys)(states[row : row + 1], [widths[row]], [True])
         assert together.token_ids[row, 1:].tolist() == reference.index_NK[0, :5].tolist()
+
+    only = stage(states[:1].flatten(0, 1), [Search(5, 5, True, generation="gone")])
+    assert only.token_ids[0, 0] == payload.GONE
+
+
+def test_a_request_on_a_generation_that_is_gone_is_told_to_come_again() -> None:
+    state, sink = NezhaRequestState.__new__(NezhaRequestState), _PayloadSink()
+    service = SimpleNamespace(num_levels=3, catalogue=SimpleNamespace(version="monday"))
+    state.plan, state.logprobs_processor = SimpleNamespace(service=service), sink  # type: ignore[assignment]
+    empty = payload.with_gone(payload.empty(1, torch.device("cpu")), [0])
+    sink.payload = [part.numpy() for part in empty]
+    error = state.make_request_output([0], None, FinishReason.LENGTH)
+    assert create_error_response(error).error.code == 503
+    assert "monday is gone from the engine" in str(error)
 
 
 def test_a_request_keeps_the_service_it_began_with(catalogues: dict[str, Catalogue]) -> None:
@@ -250,6 +277,91 @@ def test_requests_that_hold_up_a_swap_are_told_of_once(
     (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "version a has waited" in line
     assert "this API process" in line
+
+
+def follower_of(catalogues: dict[str, Catalogue], folder: Path, engine: Any) -> tuple[Store, SimpleNamespace, Follower]:
+    """On a store whose first version, a, it serves."""
+    store = Store(folder / "store")
+    for name in "abc":
+        catalogues[name].save(folder / name)
+    store.publish(folder / "a")
+    renderer = SimpleNamespace(current=service(catalogues["a"], store.folder))
+    return store, renderer, Follower(engine, renderer, "model", lambda *_: None)
+
+
+def test_a_rollback_stops_the_version_it_takes_back_while_that_is_being_read(
+    catalogues: dict[str, Catalogue], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Versions(Loaded("a"), lambda wanted: Loaded(wanted.version))
+    store, renderer, follower = follower_of(catalogues, tmp_path, Alone(engine))
+
+    def read_items(folder: Path, wanted: Generation, processes: int) -> Catalogue:
+        store.rollback()
+        return catalogues["b"]
+
+    async def run() -> None:
+        await follower.look()
+        store.publish(tmp_path / "b", force=True)
+        monkeypatch.setattr(follow, "read_items", read_items)
+        await follower.look()
+
+    asyncio.run(run())
+    assert renderer.current.catalogue.version == "a"
+    assert [loaded.version for loaded in engine] == ["a"]
+
+
+def test_what_a_process_holds_it_refuses_no_more(
+    catalogues: dict[str, Catalogue], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call to the engines fails behind the reading; others may answer by the new version already."""
+
+    class Failing(Alone):
+        async def call(self, action: str, *arguments: Any) -> list[list[Any]]:
+            replies = await super().call(action, *arguments)
+            if action == "hold" and held.append(arguments) is None and len(held) == 1:
+                raise TimeoutError
+            return replies
+
+    held: list[Any] = []
+    engine = Versions(Loaded("a"), lambda wanted: Loaded(wanted.version))
+    store, renderer, follower = follower_of(catalogues, tmp_path, Failing(engine))
+
+    async def run() -> None:
+        await follower.look()
+        store.publish(tmp_path / "b", force=True)
+        with pytest.raises(TimeoutError):
+            await follower.look()
+        monkeypatch.setattr(follow, "read_items", None)  # as if there were no memory any more
+        await follower.look()
+
+    asyncio.run(run())
+    assert renderer.current.catalogue.version == "b"
+    assert len(held) == 2
+
+
+def test_an_engine_is_told_until_it_knows_that_a_generation_can_go(
+    catalogues: dict[str, Catalogue], tmp_path: Path
+) -> None:
+    class Deaf(Alone):
+        async def call(self, action: str, *arguments: Any) -> list[list[Any]]:
+            if action == "release" and told.append(arguments) is None and len(told) < 3:
+                raise TimeoutError
+            return await super().call(action, *arguments)
+
+    told: list[Any] = []
+    engine = Versions(Loaded("a"), lambda wanted: Loaded(wanted.version))
+    store, _, follower = follower_of(catalogues, tmp_path, Deaf(engine))
+
+    async def run() -> None:
+        for name in "bc":
+            await follower.look()
+            store.publish(tmp_path / name, force=True)
+            await follower.look()
+            await asyncio.sleep(0.02)
+
+    asyncio.run(run())
+    assert len(told) == 4
+    assert [loaded.version for loaded in engine] == ["c"]
 
 
 @pytest.fixture(scope="module")

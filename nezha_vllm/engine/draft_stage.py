@@ -118,6 +118,7 @@ class DraftStage:
         there = {row: search for row, search in enumerate(searches) if search is not None}
         if not there:
             return payload.empty(num_requests, states.device)
+        gone = self._gone(searches)
         parts = []
         if self.graphs is not None:
             last_rows = [self.num_states * (row + 1) - 1 for row in range(num_requests)]
@@ -131,8 +132,9 @@ class DraftStage:
                 hidden = hidden_NSH[torch.tensor(part, device=states.device)]
                 parts.append((part, answer_of(self._search(searched, hidden, asked))))
         if not parts:
-            return payload.empty(num_requests, states.device)
-        return payload.on_device(parts, num_requests, self._width(searches), self.num_states - 1)
+            return payload.with_gone(payload.empty(num_requests, states.device), gone)
+        found = payload.on_device(parts, num_requests, self._width(searches), self.num_states - 1)
+        return payload.with_gone(found, gone)
 
     def run(self, states: Tensor, last_rows: Sequence[int], searches: Sequence[Search | None]) -> Pending:
         """The same, on its way to the host: enqueues everything on the current stream and waits for nothing.
@@ -148,7 +150,8 @@ class DraftStage:
         for rows, beams in self._launches(states, last_rows, searches):
             parts.append((rows, self.graphs.to_host(beams, start)))
             start += beams.numel()
-        return Pending(began, recorded_event(), parts, len(searches), self._width(searches), self.num_states - 1)
+        shape = (len(searches), self._width(searches), self.num_states - 1)
+        return Pending(began, recorded_event(), parts, self._gone(searches), *shape)
 
     def _launches(
         self, states: Tensor, last_rows: Sequence[int], searches: Sequence[Search | None]
@@ -194,8 +197,11 @@ class DraftStage:
                 yield searched, part
 
     def _searched(self, search: Search) -> Searched | None:
-        """None if its generation is gone: only a request that was aborted outlives it, and nobody reads its row."""
+        """None if its generation is gone, as it is for a request that was aborted and whose row nobody reads."""
         return self.versions.find(search.generation)
+
+    def _gone(self, searches: Sequence[Search | None]) -> list[int]:
+        return [row for row, search in enumerate(searches) if search is not None and self._searched(search) is None]
 
     def _read(self, generation: Generation) -> Searched:
         beside = next(iter(self.versions))
@@ -219,6 +225,7 @@ class Pending:
     began: torch.cuda.Event
     event: torch.cuda.Event
     parts: list[tuple[list[int], Tensor]]
+    gone: list[int]
     num_requests: int
     width: int
     num_levels: int
@@ -227,4 +234,4 @@ class Pending:
         """To be called behind the event and before the fourth step after this one."""
         answers = [(rows, beams.numpy()) for rows, beams in self.parts]
         gathered = payload.gather(answers, self.num_requests, self.width, self.num_levels)
-        return payload.with_seconds(gathered, seconds_between(self.began, self.event))
+        return payload.with_seconds(payload.with_gone(gathered, self.gone), seconds_between(self.began, self.event))

@@ -64,7 +64,7 @@ class Versions(Generic[Loaded]):
         self._entries = {FIRST: _Entry(None, first)}
         self._read = read
         self._reading: _Reading[Loaded] | None = None
-        self._refused: tuple[str, str, float] | None = None
+        self._refusals: dict[str, tuple[str, float]] = {}  # reason, and until when
 
     def __iter__(self) -> Iterator[Loaded]:
         return (entry.loaded for entry in self._entries.values())
@@ -82,24 +82,24 @@ class Versions(Generic[Loaded]):
     def pending(self) -> Reply:
         """The newest generation here, read or being read; None for the first."""
         self._collect()
-        newest = self._reading.generation if self._reading is not None else [*self._entries.values()][-1].generation
-        return [LOADED, None if newest is None or self._gives_up(newest) else list(newest)]
+        newest = [*self._entries.values()][-1].generation
+        if self._reading is not None:
+            newest = None if self._reading.given_up else self._reading.generation
+        return [LOADED, None if newest is None else list(newest)]
 
     def load(self, *fields: object) -> Reply:
         """Begin to read a generation, or tell how far it is. If another comes first, the reply says which."""
         wanted = Generation(*fields)  # type: ignore[arg-type]
         self._collect()
-        if self._refused is not None and self._refused[0] == wanted.key:
-            if time.monotonic() < self._refused[2]:
-                return [REFUSED, self._refused[1]]
-            self._refused = None
+        if (reason := self._refused(wanted.key)) is not None:
+            return [REFUSED, reason]
         if wanted.key in self._entries:
             return [LOADED]
         if self._reading is None and len(self._entries) == 1:
             self._reading = _Reading(wanted, self._read)
         if self._reading is not None:
             reading = self._reading.generation
-            return [LOADING] if reading == wanted or self._gives_up(reading) else [BUSY, list(reading)]
+            return [LOADING] if reading == wanted or self._reading.given_up else [BUSY, list(reading)]
         *_, newest = self._entries.values()
         assert newest.generation is not None, "two generations, and only the first has no pointer"
         return [BUSY, list(newest.generation)]
@@ -108,13 +108,15 @@ class Versions(Generic[Loaded]):
         """An API process has its own part of the generation. The reply has the number of those that do."""
         entry = self._entries.get(key)
         if entry is None:
-            return [REFUSED, self._refused[1] if self._refused and self._refused[0] == key else "it was given up"]
+            return [REFUSED, self._refused(key) or "it was given up"]
         entry.held.add(client)
         return [HELD, len(entry.held)]
 
     def refuse(self, key: str, reason: str) -> Reply:
         """An API process, or another engine, cannot take it up. Only before that process holds it."""
-        self._refused = (key, reason, time.monotonic() + RETRY_SECONDS)
+        self._refuse(key, reason)
+        if self._reading is not None and self._reading.generation.key == key:
+            self._reading.given_up = True
         if key in self._entries:
             self._drop(key)
         return [REFUSED, reason]
@@ -128,9 +130,14 @@ class Versions(Generic[Loaded]):
                 self._drop(key)
         return [LOADED]
 
-    def _gives_up(self, generation: Generation) -> bool:
-        """Whether it was refused while it was being read."""
-        return self._refused is not None and self._refused[0] == generation.key
+    def _refuse(self, key: str, reason: str) -> None:
+        self._refusals[key] = reason, time.monotonic() + RETRY_SECONDS
+
+    def _refused(self, key: str) -> str | None:
+        """Why it is, for now."""
+        now = time.monotonic()
+        self._refusals = {key: refusal for key, refusal in self._refusals.items() if now < refusal[1]}
+        return self._refusals[key][0] if key in self._refusals else None
 
     def _drop(self, key: str) -> None:
         self._entries.pop(key).loaded.close()
@@ -141,10 +148,10 @@ class Versions(Generic[Loaded]):
         if reading is None or reading.thread.is_alive():
             return
         self._reading = None
-        if self._gives_up(reading.generation):
+        if reading.given_up:
             return
         if reading.loaded is None:
-            self._refused = (reading.generation.key, reading.problem, time.monotonic() + RETRY_SECONDS)
+            self._refuse(reading.generation.key, reading.problem)
         else:
             reading.loaded.open()
             self._entries[reading.generation.key] = _Entry(reading.generation, reading.loaded)
@@ -155,6 +162,7 @@ class _Reading(Generic[Loaded]):
         self.generation = generation
         self.loaded: Loaded | None = None
         self.problem = ""
+        self.given_up = False  # refused while it is being read
         self.thread = threading.Thread(target=self._run, args=(read,), name="nezha-catalogue", daemon=True)
         self.thread.start()
 

@@ -12,8 +12,9 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.engine.output_processor import RequestState
 
 from nezha_vllm.frontend import metrics
+from nezha_vllm.frontend.errors import unavailable
 from nezha_vllm.frontend.options import Plan
-from nezha_vllm.payload import RankedIds, unpack
+from nezha_vllm.payload import GONE, RankedIds, unpack
 from nezha_vllm.semantic_id import code_token
 from nezha_vllm.sharing import ranked_rows
 
@@ -154,6 +155,10 @@ class NezhaRequestState(RequestState):
             return super().make_request_output(new_token_ids, pooling_output, finish_reason, *args, **kwargs)
         token_ids, log_probs, ranks, *_ = sink.payload
         ranked = unpack(token_ids[0], log_probs[0], ranks[0], self.plan.service.num_levels)
+        if ranked.num_drafted == GONE:
+            return unavailable(
+                f"catalogue version {self.plan.service.catalogue.version} is gone from the engine: ask again"
+            )
         answer = rank(self.plan, ranked)
         if (counted := metrics.active()) is not None:
             counted.record(self.plan, ranked, answer)

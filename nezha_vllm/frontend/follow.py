@@ -13,6 +13,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -89,6 +90,7 @@ class Follower:
         self._served: Generation | None = None  # None until the pointer has shown what it is
         self._refused: Generation | str | None = None  # the last one told of, or what was wrong with the pointer
         self._old: Callable[[], Service | None] = lambda: None
+        self._held: tuple[str, Catalogue] | None = None  # key and items of what is held until all hold it
         self._hurried = False
         self._busy_since: float | None = None  # when a swap began to wait for requests; inf once told of
 
@@ -108,10 +110,9 @@ class Follower:
         begun = time.monotonic()
         try:
             pointed = Generation.of(await asyncio.to_thread(read_pointer, self._settings.catalogue))
-            if self._served is None and pointed.version == self._renderer.current.catalogue.version:
-                self._served = pointed
+            served = self._serves(pointed)
             pending = self._others(await self._engines.call("pending"))
-            if not pending and self._served is not None and pointed[1:] == self._served[1:]:
+            if served and not pending:
                 self._refused = self._busy_since = None
                 return
             wanted = await self._loaded_by_engines(max(pending, default=pointed))
@@ -122,10 +123,17 @@ class Follower:
         except CatalogueError as problem:  # the pointer itself
             self._refuse(None, str(problem), begun)
         except Refused as refused:
+            if self._held is not None and self._held[0] == refused.generation.key:
+                self._held = None
             if str(refused) != OVERTAKEN:
                 self._refuse(refused.generation, str(refused), begun)
         else:
             self._swap(wanted, catalogue, begun)
+
+    def _serves(self, pointed: Generation) -> bool:
+        if self._served is None and pointed.version == self._renderer.current.catalogue.version:
+            self._served = pointed
+        return self._served is not None and pointed[1:] == self._served[1:]
 
     def _others(self, replies: Sequence[Sequence[Any]]) -> set[Generation]:
         """The generations in replies, but for the one served here."""
@@ -160,18 +168,33 @@ class Follower:
 
     async def _held_by_all(self, wanted: Generation) -> Catalogue:
         """The items, once every API process has them."""
-        try:
-            catalogue = await asyncio.to_thread(read_items, self._settings.catalogue, wanted, self._engines.num_clients)
-        except Exception as error:
-            await self._engines.call("refuse", wanted.key, str(error) or repr(error))
-            raise Refused(wanted, str(error) or repr(error)) from error
+        if self._held is None or self._held[0] != wanted.key:
+            self._held = None
+            self._held = wanted.key, await self._read(wanted)
         async for _ in _waits():
             replies = await self._engines.call("hold", wanted.key, self._engines.client)
             if any(reply[0] == REFUSED for reply in replies):
                 raise Refused(wanted, next(reply[1] for reply in replies if reply[0] == REFUSED))
             if replies == [[HELD, self._engines.num_clients]] * len(replies):
+                catalogue, self._held = self._held[1], None
                 return catalogue
         raise AssertionError("waiting has no end")
+
+    async def _read(self, wanted: Generation) -> Catalogue:
+        """The items of a generation that this process has not held yet: it may still refuse it."""
+        store = self._settings.catalogue
+        try:
+            catalogue = await asyncio.to_thread(read_items, store, wanted, self._engines.num_clients)
+            reason = None
+        except Exception as error:
+            reason = str(error) or repr(error)
+        with suppress(CatalogueError):  # a pointer damaged meanwhile takes nothing back
+            if reason is None and self._serves(Generation.of(await asyncio.to_thread(read_pointer, store))):
+                reason = OVERTAKEN  # taken back while it was being read
+        if reason is not None:
+            await self._engines.call("refuse", wanted.key, reason)
+            raise Refused(wanted, reason)
+        return catalogue
 
     def _hurry(self, wanted: Generation) -> None:
         """Where the service before lives on at the second look, look for it among what waits to be collected."""
@@ -192,7 +215,7 @@ class Follower:
         loop, key = asyncio.get_running_loop(), old.generation
 
         def release() -> None:
-            _keep(loop.create_task(self._engines.call("release", key, self._engines.client, self._engines.num_clients)))
+            _keep(loop.create_task(self._release(key)))
             loop.run_in_executor(None, give_back)
 
         # plans of requests are what keeps a service alive; the last may be gone in any thread
@@ -204,6 +227,18 @@ class Follower:
         seconds = time.monotonic() - begun
         swap = Swap("swapped", wanted.version, wanted.version, wanted.sequence, catalogue.num_items, seconds, None)
         self._told(swap, self._renderer.current)
+
+    async def _release(self, key: str) -> None:
+        """Until it is done: no later generation begins before."""
+        while not self._engines.dead:
+            try:
+                await self._engines.call("release", key, self._engines.client, self._engines.num_clients)
+                return
+            except Exception as error:
+                logger.warning(
+                    "NEZHA: the engines do not know yet that a catalogue can go, it is told again: %r", error
+                )
+                await asyncio.sleep(self._settings.catalogue_poll_seconds)
 
     def _refuse(self, wanted: Generation | None, reason: str, begun: float) -> None:
         if self._refused == (wanted or reason):

@@ -6,6 +6,7 @@ which prometheus_client adds them up before it starts them. The engines' side co
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 OUTCOMES = ("answered", "refused", "overloaded", "failed", "disconnected")
 SHORTAGES = ("min_score", "beams", "rules", "catalogue")
 SWAPS = ("swapped", "refused")
+MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # set by vLLM for several API processes
 SIZED_RULES = ("exclude_items", "allow_items", "exclude_history", "segments", "exclude_segments")
 
 COUNTS = (0, 1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 4096)
@@ -87,7 +89,7 @@ class Metrics:
         )
         self._version = Gauge(
             "nezha_catalogue_info",
-            "API processes that answer from this version of the catalogue; 0 for those they have left.",
+            "API processes that answer from this version of the catalogue; 0 or no series for one that they have left.",
             ["version"],
             multiprocess_mode="livesum",
             registry=registry,
@@ -149,6 +151,8 @@ class Metrics:
         catalogue = service.catalogue
         if self._shown not in (None, catalogue.version):
             self._version.labels(self._shown).set(0)
+            if MULTIPROCESS not in os.environ:  # else a process cannot take it out of its file
+                self._version.remove(self._shown)
         self._shown = catalogue.version
         self._version.labels(catalogue.version).set(1)
         self._catalogue_items.set(catalogue.num_items)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -67,8 +68,7 @@ def read_rules(service: Service, options: Mapping[str, Any], history: Sequence[i
     seen = seen_rows(service, history) if exclude_history else excluded[:0]
     excluded = np.concatenate([excluded, seen])
     min_score = options.get("min_score")
-    if min_score is not None and (type(min_score) not in (int, float) or not np.isfinite(min_score)):
-        raise bad_request("min_score", f"min_score must be a number, got {min_score!r}")
+    min_score = None if min_score is None else _finite(min_score)
     max_per_id = options.get("max_per_id")
     if max_per_id is not None and (type(max_per_id) is not int or max_per_id < 1):
         raise bad_request("max_per_id", f"max_per_id must be a whole number of at least 1, got {max_per_id!r}")
@@ -119,12 +119,15 @@ def _names(options: Mapping[str, Any], name: str, what: str) -> list[str]:
     return [str(item) for item in names]
 
 
+def _finite(min_score: Any) -> float:
+    with suppress(OverflowError):  # an integer beyond every float
+        if type(min_score) in (int, float) and math.isfinite(min_score):
+            return float(min_score)
+    raise bad_request("min_score", f"min_score must be a number, got {str(min_score)[:MAX_NAME]}")
+
+
 def _known(catalogue: Catalogue, items: Sequence[str]) -> tuple[np.ndarray, int]:
     """Rows of the items that the catalogue holds, and how many it does not hold."""
-    with suppress(UnknownItemError):  # all at once is many times as fast as one by one
-        return np.array(catalogue.rows(items), np.int64), 0
-    rows = []
-    for item in items:
-        with suppress(UnknownItemError):
-            rows.append(catalogue.row(item))
-    return np.array(rows, np.int64), len(items) - len(rows)
+    rows = np.array(catalogue.find_rows(items), np.int64)
+    known = rows[rows >= 0]
+    return known, len(rows) - len(known)
