@@ -264,7 +264,7 @@ def test_requests_that_hold_up_a_swap_are_told_of_once(
             await follower.look()
         assert renderer.current.catalogue.version == "b"
         store.rollback()
-        for _ in range(10):
+        for _ in range(4):
             await follower.look()
             await asyncio.sleep(0.01)
         assert renderer.current.catalogue.version == "b"

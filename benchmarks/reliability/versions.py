@@ -61,15 +61,15 @@ def rankings(
     }
 
 
-def difference(found: Ranking, expected: Ranking) -> str | None:
+def difference(found: Ranking, expected: Ranking, tolerance: float = TOLERANCE) -> str | None:
     """What is wrong with an answer; items may change places where their scores are as good as equal."""
     if len(found) != len(expected):
         return f"{len(found)} items instead of {len(expected)}"
     last = expected[-1][1]
     for rank, ((item, score), (other, reference)) in enumerate(zip(found, expected, strict=True)):
-        if abs(score - reference) > TOLERANCE:
+        if abs(score - reference) > tolerance:
             return f"rank {rank}: score {score} instead of {reference}"
-        near = {name for name, value in expected if abs(value - reference) <= 2 * TOLERANCE}
-        if item != other and item not in near and abs(last - reference) > 2 * TOLERANCE:
+        near = {name for name, value in expected if abs(value - reference) <= 2 * tolerance}
+        if item != other and item not in near and abs(last - reference) > 2 * tolerance:
             return f"rank {rank}: {item} instead of {other}"
     return None

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 OPTIONS = (
     "catalogue", "catalogue_version", "catalogue_poll_seconds", "beam_width", "max_beam_width", "validity",
-    "shared_ids", "lean_step",
+    "shared_ids", "lean_step", "max_concurrent_requests",
 )  # fmt: skip
+CONCURRENT_REQUESTS = 1024  # a second's work of an API process in front of a GPU
 POLL_SECONDS, MIN_POLL_SECONDS = 5.0, 0.1
 
 
@@ -27,6 +28,7 @@ class ServerSettings:
     one it read, so that engine and API processes, which read the folder one after the other, cannot differ.
     ``catalogue_poll_seconds`` is how often the pointer of a store is looked at, 0 for never: the default where the user
     asked for a version.
+    ``max_concurrent_requests`` is how many an API process works on at once, 0 for any number.
     ``lean_step`` allows the steps of ``engine/lean_step.py``, a matter of the server alone.
     """
 
@@ -38,6 +40,7 @@ class ServerSettings:
     validity: str
     shared_ids: str
     lean_step: bool
+    max_concurrent_requests: int
 
     @classmethod
     def from_vllm(cls, vllm_config: VllmConfig) -> ServerSettings:
@@ -68,6 +71,9 @@ class ServerSettings:
         values["lean_step"] = options.get("lean_step", True)
         if not isinstance(values["lean_step"], bool):
             raise ValueError(f"lean_step is {values['lean_step']!r}, must be true or false")
+        most = values["max_concurrent_requests"] = options.get("max_concurrent_requests", CONCURRENT_REQUESTS)
+        if type(most) is not int or most < 0:
+            raise ValueError(f"max_concurrent_requests is {most!r}, must be a whole number, 0 for no limit")
         values["catalogue_poll_seconds"] = _poll_seconds(options)
         model = vllm_config.model_config.model
         values["catalogue"] = _resolve(str(values["catalogue"]), model, vllm_config.model_config.revision)

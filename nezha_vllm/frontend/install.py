@@ -98,10 +98,12 @@ def _called() -> list[tuple[type, str, tuple[str, ...]]]:
     from vllm.renderers.hf import HfRenderer
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core_client import AsyncMPClient
+    from vllm.v1.engine.output_processor import OutputProcessor
 
     return [
         (AsyncMPClient, "_call_utility_async", ("method",)),
         (AsyncLLM, "generate", ("prompt", "sampling_params", "request_id")),
+        (OutputProcessor, "get_num_unfinished_requests", ()),
         (HfRenderer, "process_for_engine", ("prompt", "arrival_time")),
         (OpenAIServingModels, "is_base_model", ("model_name",)),
         (OpenAIServingModels, "model_name", ("lora_request",)),

@@ -16,6 +16,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute, request_response
 from msgspec import Meta
+from starlette.requests import ClientDisconnect
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion, RequestResponseMetadata, UsageInfo
 from vllm.exceptions import VLLMValidationError
@@ -23,6 +24,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.utils import random_uuid
 
 from nezha_vllm.frontend import metrics
+from nezha_vllm.frontend.admission import Admission
 from nezha_vllm.frontend.disconnect import unless_disconnected
 from nezha_vllm.frontend.options import Plan, check_search, engine_params
 from nezha_vllm.frontend.outcome import Outcome
@@ -60,15 +62,15 @@ class CommonRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ShortWay:
-    """What it needs of a running server. ``open`` is False for other models and where vLLM's handler does more."""
+    """What it needs of a running server of a NEZHA model. ``open`` is False where vLLM's handler does more."""
 
     def __init__(self, handler: OpenAIServingCompletion, state: Any) -> None:
         self.handler = handler
         self.renderer = handler.engine_client.renderer
-        self.open = (
-            isinstance(self.renderer, NezhaRenderer)
-            and not any(getattr(handler, name, None) for name in LONG_WAY_SETTINGS)
-            and not getattr(state, "enable_server_load_tracking", False)
+        most = self.renderer.current.settings.max_concurrent_requests
+        self.admission = Admission(most, handler.engine_client.output_processor.get_num_unfinished_requests)
+        self.open = not any(getattr(handler, name, None) for name in LONG_WAY_SETTINGS) and not getattr(
+            state, "enable_server_load_tracking", False
         )
         self.decoder = msgspec.json.Decoder(CommonRequest)
         if self.open:
@@ -139,31 +141,42 @@ class CompletionsRoute(APIRoute):
         long_way = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
-            way = _short_way(request)
-            headers = dict(request.scope["headers"])
-            media_type = headers.get(b"content-type", b"").split(b";", 1)[0].lower()
-            if way is None or media_type != b"application/json" or not LONG_WAY_HEADERS.isdisjoint(headers):
+            way = _way(request)
+            if way is None:
                 return await long_way(request)
-            read = way.read(await request.body())
-            if read is None:
-                return await long_way(request)
-            response = await unless_disconnected(request, way.answer(request, *read))
-            return JSONResponse(None) if response is None else response  # nobody reads it
+            try:
+                body = await request.body()
+            except ClientDisconnect:
+                return JSONResponse(None)  # nobody reads it
+            if way.admission.full:
+                return way.admission.refusal()
+            with way.admission.request():
+                read = way.read(body) if way.open and _is_common(request) else None
+                if read is None:
+                    return await long_way(request)
+                response = await unless_disconnected(request, way.answer(request, *read))
+                return JSONResponse(None) if response is None else response  # nobody reads it
 
         return answer
 
 
-def _short_way(request: Request) -> ShortWay | None:
+def _is_common(request: Request) -> bool:
+    headers = dict(request.scope["headers"])
+    media_type = headers.get(b"content-type", b"").split(b";", 1)[0].lower()
+    return media_type == b"application/json" and LONG_WAY_HEADERS.isdisjoint(headers)
+
+
+def _way(request: Request) -> ShortWay | None:
+    """None for other models."""
     state = request.app.state
     way = getattr(state, "nezha_short_way", None)
     if way is None:
         handler = getattr(state, "openai_serving_completion", None)
-        if handler is None:
+        if handler is None or not isinstance(handler.engine_client.renderer, NezhaRenderer):
             return None
         way = state.nezha_short_way = ShortWay(handler, state)
-        if way.open:
-            _to_the_front(request)
-    return way if way.open else None
+        _to_the_front(request)
+    return way
 
 
 def _to_the_front(request: Request) -> None:

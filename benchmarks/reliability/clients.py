@@ -1,0 +1,108 @@
+"""Clients that check every answer, in closed and open loop."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import aiohttp
+import numpy as np
+
+from benchmarks.reliability.questions import Questions
+
+PATIENCE = 120.0  # seconds; a request that takes longer counts as a hang
+
+
+@dataclass
+class Tally:
+    """What became of requests: by status, or by the error's name where there was none."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+    answered: list[float] = field(default_factory=list)  # seconds each took
+    refused: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    late: float = 0.0  # most that an open loop was behind its schedule
+
+    @property
+    def per_second(self) -> float:
+        return len(self.answered) / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        text = f"{dict(sorted(self.outcomes.items()))}, {self.per_second:.1f} answers/s, {len(self.problems)} problems"
+        for name, seconds in (("answered", self.answered), ("refused", self.refused)):
+            if seconds:
+                p50, p99, most = np.percentile(seconds, [50, 99, 100]) * 1e3
+                text += f"; {name}: p50 {p50:.0f}, p99 {p99:.0f}, max {most:.0f} ms"
+        return text
+
+
+class Clients:
+    """All clients of one server. To be used as a context, inside of an event loop."""
+
+    def __init__(self, url: str, questions: Questions) -> None:
+        self._url, self._questions, self._rng = f"{url}/v1/completions", questions, random.Random(0)
+
+    async def __aenter__(self) -> Clients:
+        timeout = aiohttp.ClientTimeout(total=PATIENCE)
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def ask(self, tally: Tally) -> bool:
+        """One request, checked and counted; whether it was answered."""
+        which = self._rng.randrange(len(self._questions.prompts))
+        headers, begun = {"Content-Type": "application/json"}, time.monotonic()
+        try:
+            async with self._session.post(self._url, data=self._questions.body(which), headers=headers) as response:
+                content = await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            tally.outcomes[type(error).__name__] += 1
+            return False
+        took = time.monotonic() - begun
+        tally.outcomes[str(response.status)] += 1
+        if response.status == 200:
+            tally.answered.append(took)
+            problem = self._questions.problem(which, content)
+        else:
+            tally.refused.append(took)
+            clear = response.status in (429, 503) and "Retry-After" in response.headers and b'"message"' in content
+            problem = None if clear else f"status {response.status}: {content[:200]!r}"
+        if problem is not None:
+            tally.problems.append(problem)
+        return response.status == 200
+
+    async def closed_loop(self, clients: int, seconds: float) -> Tally:
+        """Each client asks again when it has its answer."""
+        tally, begun = Tally(), time.monotonic()
+
+        async def client() -> None:
+            while time.monotonic() < begun + seconds:
+                await self.ask(tally)
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+        tally.seconds = time.monotonic() - begun
+        return tally
+
+    async def open_loop(self, rate: float, seconds: float) -> tuple[Tally, float]:
+        """So many new requests a second at random moments, whatever becomes of earlier ones.
+
+        Also returns the ``time.monotonic()`` of the last one's begin; all have ended by then or later.
+        """
+        tally, begun, at = Tally(), time.monotonic(), 0.0
+        under_way: set[asyncio.Task[bool]] = set()
+        while (at := at + self._rng.expovariate(rate)) < seconds:
+            wait = begun + at - time.monotonic()
+            await asyncio.sleep(max(0.0, wait))
+            tally.late = max(tally.late, -wait)
+            task = asyncio.create_task(self.ask(tally))
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
+        last, tally.seconds = time.monotonic(), time.monotonic() - begun
+        await asyncio.gather(*under_way)
+        return tally, last
