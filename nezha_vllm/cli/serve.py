@@ -4,6 +4,7 @@
   nezha serve demo/checkpoint --port 8080 --dtype float32 --max-num-seqs 64
 
 Arguments that are not listed here go to vLLM as they are, if they stand behind CHECKPOINT: see `vllm serve --help`.
+With --headless, engines alone run here, for the API of another machine (examples/two_nodes).
 Two of vLLM's defaults are changed, unless you set them: no access log, and with a GPU several API processes.
 """
 
@@ -49,12 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
     from nezha_vllm.server import Server, ServerError
 
     check_checkpoint(arguments.checkpoint)
-    check_port_is_free(arguments.host, arguments.port)
+    headless = "--headless" in arguments.more
+    if not headless:
+        check_port_is_free(arguments.host, arguments.port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     cores, has_gpu = len(os.sched_getaffinity(0)), Path("/dev/nvidiactl").exists()
     more = [*serving_defaults(arguments.more, cores, has_gpu), *arguments.more]
     try:
         with Server(arguments.checkpoint, arguments.port, arguments.host, more) as server:
+            if headless:
+                return server.process.wait()
             seconds = server.wait_until_ready()
             print(
                 f"\nready after {seconds:.0f} s at {server.url}/v1. In another terminal:\n"

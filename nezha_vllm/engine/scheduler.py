@@ -11,6 +11,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from nezha_vllm.engine.head import end_with_head
 from nezha_vllm.engine.parent import end_with_parent
 
 
@@ -18,6 +19,7 @@ def make_scheduler(**kwargs: Any) -> Scheduler:
     """Factory for ``SchedulerConfig.scheduler_cls``; vLLM calls it with the scheduler's own keywords."""
     end_with_parent()  # called once in every engine's process
     vllm_config = kwargs["vllm_config"]
+    end_with_head(vllm_config)
     levels = vllm_config.model_config.hf_config.num_levels
     scheduler_class = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
     scheduler = scheduler_class(**kwargs)

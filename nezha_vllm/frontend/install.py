@@ -169,14 +169,16 @@ def _make_metrics(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run_output_handler(original: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's own background task of an API process; ours begins with it."""
+    """vLLM's own background task of an API process; ours begin with it."""
     from nezha_vllm.frontend.follow import follow
+    from nezha_vllm.frontend.remote import watch_remote_engines
 
     def run_output_handler(self: Any) -> None:
         begins = self.output_handler is None
         original(self)
         if begins:
             follow(self)
+            watch_remote_engines(self)
 
     return run_output_handler
 
