@@ -12,6 +12,7 @@ from nezha_vllm.frontend.options import check_search
 from nezha_vllm.frontend.prompts import EMPTY_PROMPT
 from nezha_vllm.frontend.service import Service
 
+MAX_PROMPTS, MAX_ITEMS = 1_024, 65_536
 CHAT_REFUSAL = (
     "chat and responses are not offered by a generative recommender: send the user's history to /v1/completions, "
     'for example {"prompt": "<item:ID><item:ID>", "n": 10}'
@@ -35,9 +36,25 @@ def prepare(request: Any, service: Service) -> Any:
     if request.use_beam_search:
         options.setdefault("beam_width", request.n)
     check_search(service, request.n, options)
+    check_batch(request.prompt, request.n)
     changes = {"use_beam_search": False, "temperature": None, "max_tokens": 1, "min_tokens": 0, "stream_interval": None}
     known = {name: value for name, value in changes.items() if name in type(request).model_fields}
     return request.model_copy(update={**known, "vllm_xargs": options or None})
+
+
+def check_batch(prompt: Any, n: int) -> None:
+    """Raise a 400 for more prompts, or more items of all prompts together, than one response is to hold."""
+    prompts = len(prompt) if isinstance(prompt, list) and isinstance(prompt[0], (str, list)) else 1
+    if prompts > MAX_PROMPTS:
+        raise bad_request(
+            "prompt", f"a request has at most {MAX_PROMPTS} prompts, got {prompts}; send several requests"
+        )
+    if prompts * n > MAX_ITEMS:
+        raise bad_request(
+            "n",
+            f"{prompts} prompts with {n} items each are over the {MAX_ITEMS} items of one response; "
+            "send several requests or a lower n",
+        )
 
 
 def extra_fields(item: RecommendedItem) -> dict[str, Any]:

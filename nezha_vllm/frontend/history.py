@@ -39,6 +39,8 @@ class HistoryEncoder:
 
         The tokenizer's path also has the errors, so nothing is refused here.
         """
+        if text.count("<") > self.longest:
+            return None
         parts = text[1:-1].split("><")
         # as many brackets as parts: there is nothing between the parts, and no bracket inside them
         if (

@@ -10,7 +10,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from nezha_vllm.config import VALIDITY_MODES
 from nezha_vllm.engine.draft_stage import REQUEST_KEY
-from nezha_vllm.frontend.errors import bad_request
+from nezha_vllm.frontend.errors import bad_request, shown
 from nezha_vllm.frontend.rules import NO_RULES, RULES, Rules, read_rules
 from nezha_vllm.frontend.service import Service
 
@@ -86,20 +86,24 @@ def check_search(service: Service, n: int, options: Mapping[str, Any]) -> tuple[
     """
     for name in options:
         if name not in OPTIONS:
-            raise bad_request(name, f"{name!r} is not an option; vllm_xargs takes {', '.join(OPTIONS)}")
+            raise bad_request(name, f"{shown(name)} is not an option; vllm_xargs takes {', '.join(OPTIONS)}")
     beam_width = options.get("beam_width", service.settings.beam_width)
     if type(beam_width) is not int or beam_width < 1:
-        raise bad_request("beam_width", f"beam_width must be a whole number of at least 1, got {beam_width!r}")
+        raise bad_request("beam_width", f"beam_width must be a whole number of at least 1, got {shown(beam_width)}")
     limit = service.settings.max_beam_width
     if beam_width > limit:
-        raise bad_request("beam_width", f"{beam_width} is over this server's maximum beam_width; send at most {limit}")
+        raise bad_request(
+            "beam_width", f"{shown(beam_width)} is over this server's maximum beam_width; send at most {limit}"
+        )
     if n < 1:
-        raise bad_request("n", f"n must be at least 1, got {n}")
+        raise bad_request("n", f"n must be at least 1, got {shown(n)}")
     if n > beam_width:
-        raise bad_request("n", f"{n} items were asked for but beam_width is {beam_width}; lower n or raise beam_width")
+        raise bad_request(
+            "n", f"{shown(n)} items were asked for but beam_width is {beam_width}; lower n or raise beam_width"
+        )
     validity = options.get("validity", service.settings.validity)
     if validity not in VALIDITY_MODES:
-        raise bad_request("validity", f"validity must be one of {', '.join(VALIDITY_MODES)}, got {validity!r}")
+        raise bad_request("validity", f"validity must be one of {', '.join(VALIDITY_MODES)}, got {shown(validity)}")
     return beam_width, validity
 
 

@@ -8,38 +8,54 @@ from collections.abc import Sequence
 from vllm.exceptions import VLLMValidationError
 
 from nezha_vllm.catalogue import UnknownItemError
-from nezha_vllm.frontend.errors import bad_request
+from nezha_vllm.frontend.errors import bad_request, shortened, unknown_item
 from nezha_vllm.frontend.service import Service
 from nezha_vllm.semantic_id import LEVEL_NAMES, code_token, placeholder_token
 
 ITEM = re.compile(r"<item:([^>]*)>")
 CODE = re.compile(r"<([a-z])_(\d+)>")
+CHARACTERS_A_TOKEN = 256  # no item of a readable ID has more
 EMPTY_PROMPT = "the prompt is empty; send at least one item of the user's history, such as <item:ID>"
 
 
 def expand_items(text: str, service: Service) -> str:
     """Replace every ``<item:ID>`` by the item's code tokens, drop trailing placeholders, check every code.
 
-    Raises a 400 for an item the catalogue does not hold and for a code or level that does not exist.
+    Takes time in proportion to the text, whatever it is. Raises a 400 for an item the catalogue does not hold, for a
+    code or level that does not exist, and for a text that is longer than any the model could take.
     """
 
     def codes(match: re.Match[str]) -> str:
         try:
             found = service.catalogue.codes_of(match[1])
         except UnknownItemError as error:
-            raise bad_request("prompt", f"{error}; leave it out or publish a catalogue that holds it") from None
+            raise unknown_item("prompt", error) from None
         return "".join(code_token(level, code) for level, code in enumerate(found))
 
     try:
         text.encode()
     except UnicodeEncodeError:
         raise bad_request("prompt", "the prompt has half of a surrogate pair; send valid Unicode") from None
+    check_length(text, service)
     _check_codes(text, service)
     placeholders = "".join(placeholder_token(level) for level in range(service.num_levels))
-    expanded = ITEM.sub(codes, text)
+    closed = text.rfind(">") + 1  # behind it, each "<item:" would look for its bracket to the end of the text
+    expanded = ITEM.sub(codes, text[:closed]) + text[closed:]
     if "<item:" in expanded:
         raise bad_request("prompt", "the prompt has an item without its closing bracket; write <item:ID>")
     return expanded.rstrip().removesuffix(placeholders)
+
+
+def check_length(text: str, service: Service) -> None:
+    """Raise a 400 for more than the model could take, also where the text is to be truncated behind."""
+    most = service.max_prompt_tokens
+    for found, limit, what in (
+        (len(text), CHARACTERS_A_TOKEN * most, "characters"),
+        (text.count("<item:"), most, "items"),
+    ):
+        if found > limit:
+            message = f"the prompt has {found} {what}; send at most {limit}, the latest part of the history"
+            raise bad_request("prompt", message)
 
 
 def _check_codes(text: str, service: Service) -> None:
@@ -48,11 +64,13 @@ def _check_codes(text: str, service: Service) -> None:
         level = LEVEL_NAMES.index(match[1])
         if level >= len(sizes):
             last = LEVEL_NAMES[len(sizes) - 1]
-            raise bad_request("prompt", f"code {match[0]} names a level that does not exist; levels are a to {last}")
+            raise bad_request(
+                "prompt", f"code {shortened(match[0])} names a level that does not exist; levels are a to {last}"
+            )
         code = int(match[2]) if len(match[2]) < 10 else sizes[level]  # Python reads no integers of 5,000 digits
         if code >= sizes[level] or match[0] != code_token(level, code):  # <a_07> would be split into letters
             raise bad_request(
-                "prompt", f"code {match[0]} is out of range: level {match[1]} has 0 to {sizes[level] - 1}"
+                "prompt", f"code {shortened(match[0])} is out of range: level {match[1]} has 0 to {sizes[level] - 1}"
             )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from nezha_vllm.catalogue import Catalogue, UnknownItemError
 from nezha_vllm.eligibility import Eligibility, eligibility, positions_of, rows_of_positions
-from nezha_vllm.frontend.errors import bad_request
+from nezha_vllm.frontend.errors import bad_request, shown, unknown_item
 from nezha_vllm.frontend.prompts import ITEM
 from nezha_vllm.frontend.service import Service
 from nezha_vllm.segments import MAX_NAME, Combination
@@ -61,17 +61,16 @@ def read_rules(service: Service, options: Mapping[str, Any], history: Sequence[i
         try:
             allowed = np.array(catalogue.rows(_names(options, "allow_items", "item IDs")), np.int64)
         except UnknownItemError as error:
-            raise bad_request("allow_items", f"{error}; leave it out or publish a catalogue that holds it") from None
+            raise unknown_item("allow_items", error) from None
     exclude_history = options.get("exclude_history", False)
     if exclude_history not in (True, False):
-        raise bad_request("exclude_history", f"exclude_history must be true or false, got {exclude_history!r}")
+        raise bad_request("exclude_history", f"exclude_history must be true or false, got {shown(exclude_history)}")
     seen = seen_rows(service, history) if exclude_history else excluded[:0]
     excluded = np.concatenate([excluded, seen])
-    min_score = options.get("min_score")
-    min_score = None if min_score is None else _finite(min_score)
+    min_score = _score(options)
     max_per_id = options.get("max_per_id")
     if max_per_id is not None and (type(max_per_id) is not int or max_per_id < 1):
-        raise bad_request("max_per_id", f"max_per_id must be a whole number of at least 1, got {max_per_id!r}")
+        raise bad_request("max_per_id", f"max_per_id must be a whole number of at least 1, got {shown(max_per_id)}")
     eligible = eligibility(catalogue, allowed, excluded, _combination(catalogue, options))
     sizes = {name: len(options[name]) for name in LISTS if options.get(name)}
     if exclude_history:
@@ -108,6 +107,16 @@ def _combination(catalogue: Catalogue, options: Mapping[str, Any]) -> Combinatio
             message = f"{unknown[:MAX_NAME]!r} is not a segment of catalogue version {catalogue.version}, which {there}"
             raise bad_request(option, message)
     return known.combination(*asked.values())
+
+
+def _score(options: Mapping[str, Any]) -> float | None:
+    score = options.get("min_score")
+    if score is None:
+        return None
+    with suppress(OverflowError):  # integers may be larger than any float
+        if type(score) in (int, float) and math.isfinite(score):
+            return float(score)
+    raise bad_request("min_score", f"min_score must be a number, got {shown(score)}")
 
 
 def _names(options: Mapping[str, Any], name: str, what: str) -> list[str]:

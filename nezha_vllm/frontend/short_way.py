@@ -25,6 +25,7 @@ from vllm.utils import random_uuid
 
 from nezha_vllm.frontend import metrics
 from nezha_vllm.frontend.admission import Admission
+from nezha_vllm.frontend.body_limit import limited
 from nezha_vllm.frontend.disconnect import unless_disconnected
 from nezha_vllm.frontend.options import Plan, check_search, engine_params
 from nezha_vllm.frontend.outcome import Outcome
@@ -135,7 +136,7 @@ class CompletionsRoute(APIRoute):
 
     async def _handle(self, scope: Any, receive: Any, send: Any) -> None:
         with one_request():
-            await super().handle(scope, receive, send)
+            await super().handle(scope, limited(receive), send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         long_way = super().get_route_handler()

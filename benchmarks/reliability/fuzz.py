@@ -1,0 +1,128 @@
+"""Requests that no client should send, by the ten thousand: the server answers 2xx or 4xx and lives on.
+
+`python -m benchmarks.reliability.fuzz --model DIR --requests 100000`
+
+Of twenty, twelve come from the grammar of prompts and options, five from the server's own OpenAPI description by way of
+schemathesis, and three are bytes that were JSON once. Behind every round of requests a good one is asked, and must be
+answered as at first. Prints statuses, what was wrong, and the memory of each process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.reliability.bad_input import Known
+from benchmarks.reliability.fuzz_client import DAMAGED, GRAMMAR, OPENAPI, OTHERS, Client, Found, fuzz, good_answer
+from benchmarks.reliability.processes import resident_bytes
+from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.server import Server, free_port
+
+PARTS = (*[GRAMMAR] * 12, *[OPENAPI] * 4, *[DAMAGED] * 3, OTHERS)  # those of other routes take longest to make
+ROUND = 250  # requests of one process between two looks at the memory
+SEGMENTS = {"odd": 2, "in stock": 3}  # without every second, every third item
+ITEMS = 500  # that prompts and rules are made of
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments, vllm_args = _parse(list(sys.argv[1:] if argv is None else argv))
+    with tempfile.TemporaryDirectory(prefix="nezha-fuzz-") as folder:
+        return run(arguments, vllm_args, Path(folder))
+
+
+def run(arguments: argparse.Namespace, vllm_args: list[str], folder: Path) -> int:
+    known = with_segments(arguments.model, folder / "catalogue")
+    options = {"nezha": {"catalogue": str(folder / "catalogue")}}
+    vllm_args = ["--additional-config", json.dumps(options), "--disable-uvicorn-access-log", *vllm_args]
+    port, log = free_port(), folder / "log.txt"
+    with Server(arguments.model, port, arguments=vllm_args, log=log) as server:
+        print(f"ready after {server.wait_until_ready(timeout=900):.0f} s", flush=True)
+        found, memory = Found(), [resident_bytes(server.process.pid)]
+        begun = told = time.monotonic()
+        for part in rounds(port, known, arguments):
+            found.add(part)
+            if time.monotonic() - told > 5:
+                told = time.monotonic()
+                memory.append(resident_bytes(server.process.pid))
+                print(f"{found.requests:7} {dict(found.statuses)}, {len(found.problems)} problems", flush=True)
+        seconds = time.monotonic() - begun
+        memory.append(resident_bytes(server.process.pid))
+        if arguments.keep_log:
+            arguments.keep_log.write_text(log.read_text(errors="replace"))
+    return report(found, seconds, memory)
+
+
+def with_segments(model: Path, folder: Path) -> Known:
+    """Save the checkpoint's catalogue with segments; returns what requests to it are made of."""
+    own = Catalogue.load(model / "catalogue")
+    ids = own.ids.to_pylist()
+    segments = {name: np.arange(len(ids)) % step > 0 for name, step in SEGMENTS.items()}
+    sizes = own.codec.codebook_sizes
+    Catalogue.build(ids, own.codes, sizes, segments=segments).save(folder)
+    config = json.loads((model / "config.json").read_text())
+    return Known(tuple(ids[:ITEMS]), tuple(SEGMENTS), tuple(sizes), config["vocab_size"], config["max_beam_width"])
+
+
+def rounds(port: int, known: Known, arguments: argparse.Namespace) -> Iterator[Found]:
+    """What each round has found, as they come to an end."""
+    expected = good_answer(Client(port, known), known)
+    with ProcessPoolExecutor(arguments.clients, multiprocessing.get_context("spawn")) as pool:
+        seeds = range(arguments.seed, arguments.seed + -(-arguments.requests // ROUND))
+        under_way: set[Future[Found]] = set()
+        for seed in seeds:
+            under_way.add(pool.submit(fuzz, port, known, PARTS[seed % len(PARTS)], seed, ROUND, expected))
+            while len(under_way) > 2 * arguments.clients:
+                done = next(as_completed(under_way))
+                under_way.remove(done)
+                yield done.result()
+        for done in as_completed(under_way):
+            yield done.result()
+
+
+def report(found: Found, seconds: float, memory: Sequence[dict[str, int]]) -> int:
+    print(f"{found.requests} requests in {seconds:.0f} s; statuses {dict(sorted(found.statuses.items()))}")
+    for part, statuses in sorted(found.by_part.items()):
+        print(f"  {part}: {dict(sorted(statuses.items()))}")
+    print(f"{found.streams} streams, {found.items} items checked, {found.good} good requests answered as at first")
+    fifth = max(1, len(memory) // 5)
+    for name in memory[-1]:
+        sizes = [sample[name] / 2**20 for sample in memory if name in sample]
+        early, late = np.mean(sizes[fifth : 2 * fifth]), np.mean(sizes[-fifth:])
+        print(f"{name}: {sizes[0]:.0f} MiB at first, {early:.0f} in the second fifth, {late:.0f} in the last, ", end="")
+        print(f"{max(sizes):.0f} at most")
+    kinds = Counter(problem.split(" <- ")[0] for problem in found.problems)
+    print(
+        f"{len(found.problems)} problems", *(f"  {count} times {kind}" for kind, count in kinds.most_common()), sep="\n"
+    )
+    for problem in found.problems[:20]:
+        print(problem[:2_000])
+    return 1 if found.problems else 0
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Everything behind -- goes to vLLM: … -- --api-server-count 2",
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint with a catalogue in it")
+    parser.add_argument("--requests", type=int, default=100_000, help="default %(default)s")
+    parser.add_argument("--clients", type=int, default=3, help="processes that ask (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first round of requests (default %(default)s)")
+    parser.add_argument("--keep-log", type=Path, metavar="FILE", help="where the server's log goes")
+    cut = argv.index("--") if "--" in argv else len(argv)
+    return parser.parse_args(argv[:cut]), argv[cut + 1 :]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
