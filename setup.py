@@ -39,6 +39,7 @@ setup(
         "bench": ["aiohttp", "matplotlib>=3.8", "pandas>=2"],
         "dev": [
             *("hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6"),
+            "schemathesis==4.32.5",  # requests by the server's own OpenAPI description
             *("matplotlib>=3.8", "pandas>=2"),  # tests of benchmarks/
             *("scipy>=1.11", "simpy>=4"),  # tests of `nezha plan`
             "triton==3.6.0; platform_system == 'Linux'",  # the kernels' tests run in its interpreter

@@ -67,10 +67,17 @@ def with_segments(model: Path, folder: Path) -> Known:
     own = Catalogue.load(model / "catalogue")
     ids = own.ids.to_pylist()
     segments = {name: np.arange(len(ids)) % step > 0 for name, step in SEGMENTS.items()}
-    sizes = own.codec.codebook_sizes
-    Catalogue.build(ids, own.codes, sizes, segments=segments).save(folder)
+    catalogue = Catalogue.build(ids, own.codes, own.codec.codebook_sizes, segments=segments)
+    catalogue.save(folder)
+    return known_of(model, catalogue)
+
+
+def known_of(model: Path, catalogue: Catalogue) -> Known:
+    """What requests to a server of the checkpoint with this catalogue are made of."""
     config = json.loads((model / "config.json").read_text())
-    return Known(tuple(ids[:ITEMS]), tuple(SEGMENTS), tuple(sizes), config["vocab_size"], config["max_beam_width"])
+    items = catalogue.ids.to_pylist()[:ITEMS]
+    sizes = tuple(catalogue.codec.codebook_sizes)
+    return Known(tuple(items), tuple(catalogue.segments.names), sizes, config["vocab_size"], config["max_beam_width"])
 
 
 def rounds(port: int, known: Known, arguments: argparse.Namespace) -> Iterator[Found]:

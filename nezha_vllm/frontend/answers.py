@@ -146,6 +146,7 @@ class NezhaRequestState(RequestState):
     """A request's state in the API process; vLLM makes it and :func:`adopt` changes its class."""
 
     plan: Plan
+    answered: tuple[RankedIds, Answer] | None = None  # for the request's span
 
     def make_request_output(
         self, new_token_ids: Any, pooling_output: Any, finish_reason: Any, *args: Any, **kwargs: Any
@@ -160,6 +161,7 @@ class NezhaRequestState(RequestState):
                 f"catalogue version {self.plan.service.catalogue.version} is gone from the engine: ask again"
             )
         answer = rank(self.plan, ranked)
+        self.answered = ranked, answer
         if (counted := metrics.active()) is not None:
             counted.record(self.plan, ranked, answer)
         # vLLM reads outputs[0] while building, and there may be no item: hand it one and put the items in afterwards

@@ -12,7 +12,7 @@ from nezha_vllm.frontend.options import check_search
 from nezha_vllm.frontend.prompts import EMPTY_PROMPT
 from nezha_vllm.frontend.service import Service
 
-MAX_PROMPTS, MAX_ITEMS = 1_024, 65_536
+MAX_ITEMS = 65_536
 CHAT_REFUSAL = (
     "chat and responses are not offered by a generative recommender: send the user's history to /v1/completions, "
     'for example {"prompt": "<item:ID><item:ID>", "n": 10}'
@@ -43,12 +43,8 @@ def prepare(request: Any, service: Service) -> Any:
 
 
 def check_batch(prompt: Any, n: int) -> None:
-    """Raise a 400 for more prompts, or more items of all prompts together, than one response is to hold."""
+    """Raise a 400 for more items of all prompts together than one response is to hold. vLLM limits the prompts."""
     prompts = len(prompt) if isinstance(prompt, list) and isinstance(prompt[0], (str, list)) else 1
-    if prompts > MAX_PROMPTS:
-        raise bad_request(
-            "prompt", f"a request has at most {MAX_PROMPTS} prompts, got {prompts}; send several requests"
-        )
     if prompts * n > MAX_ITEMS:
         raise bad_request(
             "n",

@@ -73,7 +73,9 @@ def _wrappers() -> list[tuple[type, str, tuple[str, ...], Callable[[Callable[...
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.engine.output_processor import RequestState
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+    from nezha_vllm.frontend.guard import authentication_middleware, guard
 
     build_response = ("final_res_batch", "request")
     stream = ("request", "engine_inputs", "result_generator")
@@ -81,6 +83,8 @@ def _wrappers() -> list[tuple[type, str, tuple[str, ...], Callable[[Callable[...
         (InputProcessor, "process_inputs", ("request_id", "prompt", "params"), _process_inputs),
         (AsyncLLM, "_run_output_handler", (), _run_output_handler),
         (RequestState, "from_new_request", ("tokenizer", "request"), _from_new_request),
+        (OutputProcessor, "do_tracing", ("engine_core_output", "req_state"), _do_tracing),
+        (authentication_middleware(), "__call__", ("scope", "receive", "send"), guard),
         (OpenAIServingCompletion, "__init__", ("engine_client", "models"), _make_metrics),
         (OpenAIServingCompletion, "create_completion", ("request", "raw_request"), _create_completion),
         (OpenAIServingCompletion, "request_output_to_completion_response", build_response, _build_response),
@@ -100,7 +104,10 @@ def _called() -> list[tuple[type, str, tuple[str, ...]]]:
     from vllm.v1.engine.core_client import AsyncMPClient
     from vllm.v1.engine.output_processor import OutputProcessor
 
+    from nezha_vllm.frontend.guard import authentication_middleware
+
     return [
+        (authentication_middleware(), "verify_token", ("headers",)),
         (AsyncMPClient, "_call_utility_async", ("method",)),
         (AsyncLLM, "generate", ("prompt", "sampling_params", "request_id")),
         (OutputProcessor, "get_num_unfinished_requests", ()),
@@ -153,6 +160,23 @@ def _from_new_request(original: Callable[..., Any]) -> Callable[..., Any]:
         return state if plan is None else adopt(state, plan)
 
     return from_new_request
+
+
+def _do_tracing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Only called where tracing is on."""
+    from nezha_vllm.frontend.answers import NezhaRequestState
+    from nezha_vllm.frontend.tracing import describing, warn_of_no_statistics
+
+    def do_tracing(self: Any, engine_core_output: Any, req_state: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(req_state, NezhaRequestState):
+            original(self, engine_core_output, req_state, *args, **kwargs)
+        elif req_state.stats is None:  # vLLM would stop at an assertion, and with it every request under way
+            warn_of_no_statistics()
+        else:
+            with describing(req_state):
+                original(self, engine_core_output, req_state, *args, **kwargs)
+
+    return do_tracing
 
 
 def _make_metrics(original: Callable[..., Any]) -> Callable[..., Any]:

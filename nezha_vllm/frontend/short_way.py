@@ -21,6 +21,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion, RequestResponseMetadata, UsageInfo
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
+from vllm.tracing import extract_trace_headers
 from vllm.utils import random_uuid
 
 from nezha_vllm.frontend import metrics
@@ -33,11 +34,11 @@ from nezha_vllm.frontend.renderer import NezhaRenderer
 from nezha_vllm.frontend.response_body import ResponseBody
 from nezha_vllm.frontend.rules import read_rules
 from nezha_vllm.frontend.service import one_request
+from nezha_vllm.frontend.tracing import traces
 
 # headers and settings of a server that change what vLLM's handler does
 LONG_WAY_HEADERS = {
-    b"endpoint-load-metrics-format", b"traceparent", b"tracestate",
-    b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority",
+    b"endpoint-load-metrics-format", b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority",
 }  # fmt: skip
 LONG_WAY_SETTINGS = ("request_logger", "enable_prompt_tokens_details", "enable_per_request_metrics")
 
@@ -73,6 +74,8 @@ class ShortWay:
         self.open = not any(getattr(handler, name, None) for name in LONG_WAY_SETTINGS) and not getattr(
             state, "enable_server_load_tracking", False
         )
+        # every request that comes through a service mesh has the headers, whether or not this server traces
+        self.traces = traces(handler.engine_client.vllm_config)
         self.decoder = msgspec.json.Decoder(CommonRequest)
         if self.open:
             self.body = ResponseBody(handler.models.model_name(), getattr(handler, "system_fingerprint", None))
@@ -104,7 +107,8 @@ class ShortWay:
         request.state.request_metadata = metadata = RequestResponseMetadata(request_id=request_id)
         prompt = self.renderer.process_for_engine({"prompt_token_ids": token_ids}, time.time())
         params = engine_params(plan, RequestOutputKind.FINAL_ONLY)
-        outputs = self.handler.engine_client.generate(prompt, params, f"{request_id}-0")
+        headers = extract_trace_headers(request.headers) if self.traces else None
+        outputs = self.handler.engine_client.generate(prompt, params, f"{request_id}-0", trace_headers=headers)
         *_, output = [output async for output in outputs]
         if not hasattr(output, "answer"):  # aborted, or an error of the engine
             return await self._without_answer(output, request, created, metadata)

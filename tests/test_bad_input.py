@@ -1,0 +1,128 @@
+"""Input that no client should send: limits of what a request may hold, and a fuzzer against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from fastapi import HTTPException
+from vllm.exceptions import VLLMValidationError
+
+from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.frontend.body_limit import MAX_BODY, limited
+from nezha_vllm.frontend.completions import MAX_ITEMS, check_batch
+from nezha_vllm.frontend.options import OPTIONS, check_search
+from nezha_vllm.frontend.prompts import CHARACTERS_A_TOKEN, expand_items
+from nezha_vllm.frontend.rules import read_rules
+from nezha_vllm.frontend.service import Service
+
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
+from benchmarks.reliability.fuzz import known_of
+from benchmarks.reliability.fuzz_client import DAMAGED, GRAMMAR, OPENAPI, Client, fuzz, good_answer
+
+
+def service(max_model_len: int = 64) -> Service:
+    settings: Any = SimpleNamespace(beam_width=50, max_beam_width=512, validity="stepwise")
+    catalogue = Catalogue.build(["a", "b"], [[0, 1], [1, 0]], [2, 2], segments={"red": [True, False]})
+    return Service(settings, catalogue, (0, 2), (4, 5), 6, max_model_len)
+
+
+@pytest.mark.parametrize("part", ["<item:", "<a_", "<item:a", "<a_1", "<sp_1>", "<", "9"])
+def test_what_a_prompt_costs_grows_with_its_length_alone(part: str) -> None:
+    """An open bracket must not be sought to the end of the text by each of those that open."""
+    text = part * 1_000 + "x" * 2_000_000
+    begun = time.process_time()
+    with suppress(VLLMValidationError):
+        expand_items(text, service(max_model_len=40_003))
+    assert time.process_time() - begun < 1
+
+
+@pytest.mark.parametrize(
+    ("text", "what"), [("<item:a>" * 62, "62 items"), ("x" * (61 * CHARACTERS_A_TOKEN + 1), "characters")]
+)
+def test_a_prompt_that_no_model_of_this_length_takes_is_refused_before_it_is_read(text: str, what: str) -> None:
+    with pytest.raises(VLLMValidationError, match=f"{what}; send at most"):
+        expand_items(text, service())
+    expand_items("<item:a>" * 61, service())
+
+
+VALUES = ["x" * 1_000_000, ["x" * 1_000_000], [["x" * 1_000_000]], 10**4000, -(10**4000), float("nan"), {"x": 1}, None]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: str(value)[:12])
+@pytest.mark.parametrize("name", [*OPTIONS, "x" * 1_000_000], ids=lambda name: name[:20])
+def test_values_of_every_kind_are_taken_or_refused_with_a_short_message(name: str, value: Any) -> None:
+    refusal = None
+    try:
+        check_search(service(), 1, {name: value})
+        read_rules(service(), {name: value}, [0, 3, 4, 5])
+    except VLLMValidationError as error:
+        refusal = error
+    if refusal is not None:
+        assert len(str(refusal)) < 600
+        assert str(refusal.parameter)[:80] == name[:80]
+
+
+def test_quotes_of_a_prompt_are_short() -> None:
+    for text in (f"<item:{'x' * 9_000}>", f"<a_{'9' * 9_000}>", f"<q_{'9' * 9_000}>"):
+        with pytest.raises(VLLMValidationError) as caught:
+            expand_items(text, service())
+        assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("parts", [[MAX_BODY + 1], [MAX_BODY, 1], [1] * 3 + [MAX_BODY]])
+def test_a_body_without_end_is_not_read_to_its_end(parts: list[int]) -> None:
+    read: list[int] = []
+
+    async def receive() -> dict[str, Any]:
+        read.append(parts[len(read)])
+        return {"type": "http.request", "body": bytes(read[-1]), "more_body": True}
+
+    async def everything() -> None:
+        bounded = limited(receive)
+        for _ in parts:
+            await bounded()
+
+    with pytest.raises(HTTPException) as caught:
+        asyncio.run(everything())
+    assert caught.value.status_code == 413
+    assert read == parts
+
+
+def test_the_largest_body_is_read() -> None:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": bytes(MAX_BODY)}
+
+    assert len(asyncio.run(limited(receive)())["body"]) == MAX_BODY  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompt", [["a"] * 100, [[1]] * 100])
+def test_prompts_times_items_have_a_limit(prompt: list[Any]) -> None:
+    check_batch(prompt, MAX_ITEMS // 100)
+    check_batch([1] * 1_000, MAX_ITEMS)  # the token ids of one prompt
+    with pytest.raises(VLLMValidationError, match="lower n"):
+        check_batch(prompt, MAX_ITEMS // 100 + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "count"), [(GRAMMAR, 250), (DAMAGED, 150), (OPENAPI, 80)])
+def test_a_server_answers_generated_requests_with_2xx_or_4xx(
+    server: str, checkpoint: Path, part: str, count: int
+) -> None:
+    """`benchmarks/reliability/fuzz.py` does it with 100,000."""
+    known = known_of(checkpoint, Catalogue.load(checkpoint / "catalogue"))
+    port = urlsplit(server).port
+    assert port is not None
+    expected = good_answer(Client(port, known), known)
+    found = fuzz(port, known, part, 0, count, expected)
+    assert found.problems == []
+    assert found.requests >= count
+    assert found.statuses[200] > 0
+    assert found.statuses[400] > count // 4
