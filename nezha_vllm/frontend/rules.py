@@ -128,13 +128,6 @@ def _names(options: Mapping[str, Any], name: str, what: str) -> list[str]:
     return [str(item) for item in names]
 
 
-def _finite(min_score: Any) -> float:
-    with suppress(OverflowError):  # an integer beyond every float
-        if type(min_score) in (int, float) and math.isfinite(min_score):
-            return float(min_score)
-    raise bad_request("min_score", f"min_score must be a number, got {str(min_score)[:MAX_NAME]}")
-
-
 def _known(catalogue: Catalogue, items: Sequence[str]) -> tuple[np.ndarray, int]:
     """Rows of the items that the catalogue holds, and how many it does not hold."""
     rows = np.array(catalogue.find_rows(items), np.int64)
