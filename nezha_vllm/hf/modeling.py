@@ -64,6 +64,7 @@ class _NezhaMixin(PreTrainedModel):
         position_ids: Tensor | None = None,
         read_positions: Tensor | None = None,
         labels: Tensor | None = None,
+        labelled: Tensor | None = None,
         **_: object,
     ) -> NezhaOutput:
         """Hidden states at the read positions and, with labels, the loss under teacher forcing.
@@ -75,6 +76,8 @@ class _NezhaMixin(PreTrainedModel):
             read_positions: [N, P, S], indices of h_0 … h_L of each target; default the last S tokens, P = 1. S is
                 L + 1; of the language model L, and what it reads behind the history are all codes but the last.
             labels: codes of the targets, [N, P, L] or [N, L]; targets with -100 do not count.
+            labelled: positions [V] among the N · P targets of those that count; default looked for, which makes the
+                CPU wait for the GPU.
 
         Returns:
             ``hidden_states`` [N, P, S, H], ``loss`` and ``logits``; the loss is the mean over targets and levels.
@@ -99,9 +102,10 @@ class _NezhaMixin(PreTrainedModel):
         if labels is None:
             return NezhaOutput(hidden_states=hidden_NPSH)
         labels_NPL = labels if labels.dim() == 3 else labels[:, None]
-        labelled_NP = labels_NPL[..., 0] != IGNORED
-        labels_VL = labels_NPL[labelled_NP]
-        logits = self.code_log_probs(hidden_NPSH[labelled_NP], labels_VL)
+        if labelled is None:
+            labelled = (labels_NPL[..., 0].flatten() != IGNORED).nonzero()[:, 0]
+        labels_VL = labels_NPL.flatten(0, 1)[labelled]
+        logits = self.code_log_probs(hidden_NPSH.flatten(0, 1)[labelled], labels_VL)
         return NezhaOutput(self._loss(logits, labels_VL), tuple(logits), hidden_NPSH)
 
     def code_log_probs(self, hidden_NSH: Tensor, codes_NL: Tensor) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -83,19 +83,35 @@ def search(
     prefix: Sequence[int] = (),
 ) -> Beams:
     """The beams behind ``recommend``, one row a history."""
+    prompts = history_prompts(model.config, catalogue, histories, prefix)
+    return searcher(model, catalogue, beam_width, validity)(*pad_left(prompts, model.device))
+
+
+def searcher(
+    model: NezhaLlamaForCausalLM | NezhaQwen3ForCausalLM,
+    catalogue: Catalogue,
+    beam_width: int | None = None,
+    validity: str | None = None,
+    kernels: bool = True,
+) -> Callable[[Tensor, Tensor], Beams]:
+    """Prompts [N, Q] and their mask, padded on the left → beams. What all batches share is made once."""
     config = model.config
     check_catalogue(config, catalogue)
     width = config.beam_width if beam_width is None else beam_width
     validity = config.validity if validity is None else validity
     if validity not in VALIDITY_MODES:
         raise ValueError(f"validity is {validity!r}, must be one of {VALIDITY_MODES}")
-    prompts = history_prompts(config, catalogue, histories, prefix)
-    input_ids, attention_mask = pad_left(prompts, model.device)
     keys_M, stepwise = torch.from_numpy(catalogue.keys.copy()).to(model.device), validity == "stepwise"
     if config.method == AUTOREGRESSIVE:
-        return language_model_beam_search(model, input_ids, attention_mask, keys_M, width, stepwise)
-    hidden_NSH = model.hidden_states_for(input_ids, attention_mask)
-    return BeamSearch(model.draft_head, keys_M)(hidden_NSH, [width] * len(prompts), [stepwise] * len(prompts))
+        return lambda ids, mask: language_model_beam_search(model, ids, mask, keys_M, width, stepwise)
+    with torch.no_grad():
+        beam_search = BeamSearch(model.draft_head, keys_M)
+
+    def search_batch(input_ids: Tensor, attention_mask: Tensor) -> Beams:
+        hidden_NSH = model.hidden_states_for(input_ids, attention_mask)
+        return beam_search(hidden_NSH, [width] * len(input_ids), [stepwise] * len(input_ids), kernels=kernels)
+
+    return search_batch
 
 
 def item_ids(beams: Beams, n: int, catalogue: Catalogue, policy: str) -> list[list[str]]:

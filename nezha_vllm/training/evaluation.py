@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nezha_vllm.config import AUTOREGRESSIVE
-from nezha_vllm.hf.prompt import code_token_ids, history_prompts
-from nezha_vllm.hf.recommend import item_ids, pad_left, search
-from nezha_vllm.training.metrics import CUTOFFS, ranks_of
+from nezha_vllm.hf.prompt import history_prompts
+from nezha_vllm.hf.recommend import item_ids, pad_left, searcher
+from nezha_vllm.training.metrics import CUTOFFS, UNRANKED, ranks_of
 
 if TYPE_CHECKING:
     from nezha_vllm.catalogue import Catalogue
+    from nezha_vllm.config import NezhaConfig
     from nezha_vllm.hf.modeling import NezhaLlamaForCausalLM, NezhaQwen3ForCausalLM
 
     NezhaModel = NezhaLlamaForCausalLM | NezhaQwen3ForCausalLM
@@ -67,13 +69,81 @@ def ranked(
     batch_size = batch_size or (512 if model.device.type == "cuda" else 64)
     found: list[list[str]] = []
     drafted = valid = 0
+    find = searcher(model, catalogue, beam_width, validity)
     for start in track(range(0, len(histories), batch_size)):
         batch = [items[-max_history:] for items in histories[start : start + batch_size]]
-        beams = search(model, batch, catalogue=catalogue, beam_width=beam_width, validity=validity, prefix=prefix)
+        beams = find(*pad_left(history_prompts(model.config, catalogue, batch, prefix), model.device))
         found += item_ids(beams, n, catalogue, model.config.shared_ids)
         drafted += int(beams.drafted_N.sum())
         valid += int(beams.valid_N.sum())
     return Ranked(found, drafted, valid)
+
+
+class HeldOut:
+    """Histories and the items that follow them, on the device once and for all: for validation at every epoch.
+
+    ``max_history``: items of a history that are read; ``prefix``: token ids before them.
+    """
+
+    def __init__(
+        self,
+        config: NezhaConfig,
+        catalogue: Catalogue,
+        histories: Sequence[Sequence[str]],
+        targets: Sequence[str],
+        *,
+        max_history: int,
+        prefix: Sequence[int] = (),
+        batch_size: int = 2048,
+    ) -> None:
+        self.catalogue, self.histories, self.targets = catalogue, histories, targets
+        self.ask = {"max_history": max_history, "prefix": prefix}
+        prompts = history_prompts(config, catalogue, [items[-max_history:] for items in histories], prefix)
+        # histories of similar length share a batch: little padding
+        self.order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
+        rows = np.asarray(catalogue.rows(targets))
+        self.labels_NL = torch.from_numpy(catalogue.codes[rows]).long()
+        self.semantic_ids = np.searchsorted(catalogue.first_row, rows, side="right") - 1
+        parts = [self.order[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+        self.batches = [(part, *pad_left([prompts[row] for row in part])) for part in parts]
+
+    @torch.no_grad()
+    def loss(self, model: NezhaModel) -> float:
+        """Mean over targets and levels of the cross-entropy, as in training but without smoothing and dropout."""
+        config = model.config
+        model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=model.device)
+        for part, ids_NQ, mask_NQ in self._batches(model.device):
+            labels_NL = self.labels_NL[part].to(model.device)
+            if config.method == AUTOREGRESSIVE:
+                forced_NL = labels_NL + torch.tensor(config.code_token_offsets, device=model.device)
+                ids_NQ = torch.cat([ids_NQ, forced_NL[:, :-1]], dim=1)
+                mask_NQ = torch.cat([mask_NQ, mask_NQ.new_ones(len(part), labels_NL.shape[1] - 1)], dim=1)
+            log_probs = model.code_log_probs(model.hidden_states_for(ids_NQ, mask_NQ), labels_NL)
+            truth = [log_p_NT.gather(1, labels_NL[:, level, None]) for level, log_p_NT in enumerate(log_probs)]
+            total -= torch.stack(truth).mean(0).double().sum()
+        return float(total) / len(self.targets)
+
+    @torch.no_grad()
+    def ranks(self, model: NezhaModel, beam_width: int) -> np.ndarray:
+        """Ranks of the targets, from 0; ``metrics.UNRANKED`` beyond the beam or the largest cut-off."""
+        if len(self.catalogue.keys) < self.catalogue.num_items:  # a rank depends on who shares an ID
+            found = ranked(model, self.catalogue, self.histories, beam_width=beam_width, **self.ask)
+            return ranks_of(self.targets, found.items)
+        model.eval()
+        ranks = np.full(len(self.targets), UNRANKED)
+        find = searcher(model, self.catalogue, beam_width, kernels=False)  # they take longer to compile than to run
+        for part, ids_NQ, mask_NQ in self._batches(model.device):
+            best_NK = find(ids_NQ, mask_NQ).index_NK[:, : max(CUTOFFS)]
+            hit_NK = best_NK == torch.from_numpy(self.semantic_ids[part]).to(model.device)[:, None]
+            place_N = torch.where(hit_NK.any(1), hit_NK.int().argmax(1), UNRANKED)
+            ranks[part] = place_N.cpu().numpy()
+        return ranks
+
+    def _batches(self, device: torch.device) -> list[tuple[np.ndarray, Tensor, Tensor]]:
+        if self.batches and self.batches[0][1].device != device:
+            self.batches = [(part, ids.to(device), mask.to(device)) for part, ids, mask in self.batches]
+        return self.batches
 
 
 def model_ranks(
@@ -87,30 +157,8 @@ def model_ranks(
     return ranks_of(targets, ranked(model, catalogue, histories, **options).items)
 
 
-@torch.no_grad()
 def target_loss(
-    model: NezhaModel,
-    catalogue: Catalogue,
-    histories: Sequence[Sequence[str]],
-    targets: Sequence[str],
-    *,
-    max_history: int,
-    prefix: Sequence[int] = (),
-    batch_size: int = 256,
+    model: NezhaModel, catalogue: Catalogue, histories: Sequence[Sequence[str]], targets: Sequence[str], **options: Any
 ) -> float:
-    """Mean over targets and levels of the cross-entropy, as in training but without smoothing and dropout."""
-    config = model.config
-    model.eval()
-    total = 0.0
-    for start in range(0, len(targets), batch_size):
-        part = slice(start, start + batch_size)
-        prompts = history_prompts(config, catalogue, [items[-max_history:] for items in histories[part]], prefix)
-        labels_NL = torch.from_numpy(catalogue.codes[catalogue.rows(targets[part])]).long().to(model.device)
-        if config.method == AUTOREGRESSIVE:
-            forced_NL = code_token_ids(config, labels_NL.cpu())
-            prompts = [[*prompt, *codes[:-1]] for prompt, codes in zip(prompts, forced_NL.tolist(), strict=True)]
-        hidden_NSH = model.hidden_states_for(*pad_left(prompts, model.device))
-        log_probs = model.code_log_probs(hidden_NSH, labels_NL)
-        truth = [log_p_NT.gather(1, labels_NL[:, level, None]) for level, log_p_NT in enumerate(log_probs)]
-        total -= float(torch.stack(truth).mean(0).sum())
-    return total / len(targets)
+    """``HeldOut.loss`` of histories that are asked once."""
+    return HeldOut(model.config, catalogue, histories, targets, **options).loss(model)

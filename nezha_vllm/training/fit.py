@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainingArguments
 
-from nezha_vllm.training.evaluation import model_ranks, target_loss
+from nezha_vllm.training.evaluation import HeldOut
 from nezha_vllm.training.metrics import ndcg
 from nezha_vllm.training.options import TrainingOptions
 from nezha_vllm.training.packing import PackedCollator, Segments
@@ -49,23 +51,25 @@ def fit(
         run_folder: where the Trainer keeps its checkpoints. If one of the same run is there, training goes on from it;
             one of another run is removed. The caller removes the folder when the result is safe.
     """
-    collator = PackedCollator(model.config, options.max_history, tuple(prefix), options.item_dropout)
+    segments = Segments(codes_of(split.train, catalogue), options.max_history)
+    arguments = _arguments(options, run_folder, len(segments))
+    device = arguments.device
+    collator = PackedCollator(model.config, options.max_history, tuple(prefix), options.item_dropout, device)
     add_dropout(model, options.dropout)
     model.label_smoothing = options.label_smoothing
 
+    ask: dict[str, Any] = {"max_history": options.max_history, "prefix": prefix}
+    valid = HeldOut(model.config, catalogue, split.valid_history, split.valid_target, **ask)
+
     def validate() -> dict[str, float]:
-        ask: dict[str, Any] = {"max_history": options.max_history, "prefix": prefix}
-        histories, targets = split.valid_history, split.valid_target
-        loss = target_loss(model, catalogue, histories, targets, **ask)
-        ranks = model_ranks(model, catalogue, histories, targets, beam_width=VALIDATION_BEAMS, **ask)
-        return {"loss": loss, "ndcg@10": ndcg(ranks, 10)}
+        return {"loss": valid.loss(model), "ndcg@10": ndcg(valid.ranks(model, VALIDATION_BEAMS), 10)}
 
     trainer = NezhaTrainer(
         options,
         validate,
         model=model,
-        args=_arguments(options, run_folder),
-        train_dataset=Segments(codes_of(split.train, catalogue), options.max_history),
+        args=arguments,
+        train_dataset=segments,
         eval_dataset=[],
         data_collator=collator,
         callbacks=[EpochLine(write), *([EarlyStoppingCallback(options.patience)] if options.patience else [])],
@@ -91,8 +95,12 @@ class _Bar(ProgressCallback):
         pass
 
 
-def _arguments(options: TrainingOptions, run_folder: Path) -> TrainingArguments:
-    return TrainingArguments(
+def _arguments(options: TrainingOptions, run_folder: Path, rows: int) -> TrainingArguments:
+    every = {"strategy": "epoch", "steps": None}
+    if options.validate_every > 1:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        every = {"strategy": "steps", "steps": options.validate_every * math.ceil(rows / (options.batch_size * world))}
+    arguments = TrainingArguments(
         output_dir=str(run_folder),
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
@@ -101,8 +109,10 @@ def _arguments(options: TrainingOptions, run_folder: Path) -> TrainingArguments:
         warmup_steps=options.warmup,  # below 1: a share of all steps
         max_grad_norm=1.0,
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-        eval_strategy="epoch",
-        save_strategy="epoch",
+        eval_strategy=every["strategy"],
+        eval_steps=every["steps"],
+        save_strategy=every["strategy"],
+        save_steps=every["steps"] or 500,
         logging_strategy="epoch",
         save_total_limit=2,
         load_best_model_at_end=True,
@@ -110,7 +120,10 @@ def _arguments(options: TrainingOptions, run_folder: Path) -> TrainingArguments:
         greater_is_better=options.select != "loss",
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=False,  # the collator brings batches to the device
+        logging_nan_inf_filter=False,  # it would wait for the GPU at every step
         report_to="none",
         seed=options.seed,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs through torchrun, not by threads that split each batch
+    return arguments

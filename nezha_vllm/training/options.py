@@ -21,11 +21,12 @@ class TrainingOptions:
     item_dropout: float = 0.2
     label_smoothing: float = 0.0
     patience: int = 0
+    validate_every: int = 1
     select: str = "loss"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_history"):
+        for name in ("epochs", "batch_size", "max_history", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:

@@ -6,8 +6,9 @@ A row holds the history once, and behind it one group of L placeholders for each
 
 History tokens are causal among themselves. The placeholders of target i see the tokenizer's prefix, x_1 … x_i, and the
 earlier placeholders of their own group, and have the position ids they would have right behind x_i. With W = 20 and
-L = 3 a target costs 6 tokens instead of 33 on average. Histories that are too short are padded between history and
-placeholders, where no labelled target looks, so one mask serves every row.
+L = 3 a target costs 6 tokens instead of 33 on average. Histories that are too short share a row: a piece sees nothing
+of the others and counts its positions from its own start. Of Beauty's 22,363 pieces, 6 targets long on average, 256
+take 77 rows of 20.
 
 Rows of the language model are the same, with the target's codes but the last in place of the placeholders: teacher
 forcing for every target. They are tokens of their own, not the history's, so that item dropout leaves them alone.
@@ -49,11 +50,17 @@ class Segments(Dataset[Tensor]):
         return len(self.pieces)
 
     def __getitem__(self, index: int) -> Tensor:
-        sequence, first = self.pieces[index]
-        codes, span = self.sequences[sequence], self.max_history
-        start = first - span // 2 + int(torch.randint(span, ()))
-        start = max(0, min(start, len(codes) - 1 - span))
-        return codes[start : start + span + 1]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
+        """A batch, as torch's loader asks for it: one call for all that is drawn."""
+        span, batch = self.max_history, []
+        for index, drawn in zip(indices, torch.randint(span, (len(indices),)).tolist(), strict=True):
+            sequence, first = self.pieces[index]
+            codes = self.sequences[sequence]
+            start = max(0, min(first - span // 2 + drawn, len(codes) - 1 - span))
+            batch.append(codes[start : start + span + 1])
+        return batch
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,14 @@ class PackedCollator:
 
     ``item_dropout`` is the probability with which an item of the history is blotted out, as a target it stays: the
     model must not hang on any single item. It costs nothing and helps small data sets more than feature dropout.
+    Batches are on ``device``; mask and positions are made there, which spares 4 MB of copies a step.
     """
 
     config: NezhaConfig
     max_history: int
     prefix: tuple[int, ...] = ()
     item_dropout: float = 0.0
+    device: torch.device | str = "cpu"
 
     @property
     def _blot(self) -> int:
@@ -75,8 +84,9 @@ class PackedCollator:
         return self.config.placeholder_token_ids[0] if pad is None else pad
 
     @cached_property
-    def _layout(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mask [Q, Q] (True = may attend), position ids [Q] and read positions [P, S] of a row."""
+    def _layout(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of a row with one piece: mask [Q, Q] (True = may attend), position ids [Q], read positions [P, S]; and the
+        place in the history that a token belongs to [Q], -1 in the prefix."""
         levels, targets, lead = self.config.num_levels, self.max_history, len(self.prefix)
         group = self.config.num_reads - 1
         history = lead + targets * levels
@@ -91,32 +101,79 @@ class PackedCollator:
         position_Q = torch.cat([torch.arange(history), seen_Q[history:] + level_Q])
         last_P1 = lead + (torch.arange(targets)[:, None] + 1) * levels - 1
         groups_PG = history + torch.arange(targets * group).view(targets, group)
-        return sees_history_QQ | sees_group_QQ, position_Q, torch.cat([last_P1, groups_PG], dim=1)
+        place_Q = torch.cat([torch.full((lead,), -1), torch.arange(targets).repeat_interleave(levels), target_Q])
+        layout = sees_history_QQ | sees_group_QQ, position_Q, torch.cat([last_P1, groups_PG], dim=1), place_Q
+        mask_QQ, position_Q, read_PS, place_Q = (tensor.to(self.device) for tensor in layout)
+        return mask_QQ, position_Q, read_PS, place_Q
 
-    def __call__(self, rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    def __call__(self, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
         levels, targets, lead = self.config.num_levels, self.max_history, len(self.prefix)
         offsets = torch.tensor(self.config.code_token_offsets)
-        mask_QQ, position_Q, read_PS = self._layout
-        count, width = len(rows), len(position_Q)
-        input_ids = torch.full((count, width), self.config.placeholder_token_ids[0])
-        groups = input_ids[:, lead + targets * levels :].view(count, targets, -1)
-        if self.config.method != AUTOREGRESSIVE:
+        used = [len(codes) - 1 for codes in pieces]
+        row_of, first_of, count = packed(used, targets)
+        used_I = torch.tensor(used)
+        piece_V = torch.arange(len(pieces)).repeat_interleave(used_I)
+        row_V, first_V = torch.tensor(row_of)[piece_V], torch.tensor(first_of)[piece_V]
+        place_V = first_V + torch.arange(len(piece_V)) - (used_I.cumsum(0) - used_I)[piece_V]
+
+        history_VL = torch.cat([codes[:-1] for codes in pieces]) + offsets
+        if self.item_dropout:
+            history_VL = history_VL.masked_fill(torch.rand(len(history_VL), 1) < self.item_dropout, self._blot)
+        target_VL = torch.cat([codes[1:] for codes in pieces])
+        width = lead + targets * (levels + self.config.num_reads - 1)
+        input_ids_NQ = torch.full((count, width), self.config.placeholder_token_ids[0])
+        input_ids_NQ[:, :lead] = torch.tensor(self.prefix, dtype=torch.long)
+        end = lead + targets * levels
+        input_ids_NQ[:, lead:end].view(count, targets, levels)[row_V, place_V] = history_VL
+        groups = input_ids_NQ[:, end:].view(count, targets, self.config.num_reads - 1)
+        if self.config.method == AUTOREGRESSIVE:
+            groups[row_V, place_V] = (target_VL + offsets)[:, :-1]
+        else:
             groups[:] = torch.tensor(self.config.placeholder_token_ids)
-        input_ids[:, :lead] = torch.tensor(self.prefix, dtype=torch.long)
-        labels = torch.full((count, targets, levels), IGNORED)
-        for row, codes in enumerate(rows):
-            used = len(codes) - 1
-            history = codes[:-1] + offsets
-            if self.item_dropout:
-                history = history.masked_fill(torch.rand(used, 1) < self.item_dropout, self._blot)
-            input_ids[row, lead : lead + used * levels] = history.flatten()
-            labels[row, :used] = codes[1:]
-            if self.config.method == AUTOREGRESSIVE:
-                groups[row, :used] = (codes[1:] + offsets)[:, :-1]
+        labels_NPL = torch.full((count, targets, levels), IGNORED)
+        labels_NPL[row_V, place_V] = target_VL
+        # the place at which the piece of each place starts; unused places at the end are a piece of their own
+        starts_NP = torch.full((count, targets), targets)
+        starts_NP[row_V, place_V] = first_V
+        labelled_V = (row_V * targets + place_V).sort().values
+        batch = input_ids_NQ, labels_NPL, starts_NP, labelled_V
+        input_ids_NQ, labels_NPL, starts_NP, labelled_V = (self._moved(tensor) for tensor in batch)
+
+        mask_QQ, position_Q, read_PS, place_Q = self._layout
+        start_NQ = starts_NP[:, place_Q].masked_fill(place_Q < 0, -1)
+        same_NQQ = (start_NQ[:, :, None] == start_NQ[:, None]) | (place_Q < 0)
+        moved_NQ = start_NQ.masked_fill((start_NQ < 0) | (start_NQ == targets), 0) * levels
         return {
-            "input_ids": input_ids,
-            "attention_mask": mask_QQ.expand(count, 1, width, width),
-            "position_ids": position_Q.expand(count, width),
+            "input_ids": input_ids_NQ,
+            "attention_mask": (mask_QQ & same_NQQ)[:, None],
+            "position_ids": position_Q - moved_NQ,
             "read_positions": read_PS.expand(count, *read_PS.shape),
-            "labels": labels,
+            "labels": labels_NPL,
+            "labelled": labelled_V,
         }
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        if torch.device(self.device).type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def packed(lengths: Sequence[int], capacity: int) -> tuple[list[int], list[int], int]:
+    """Pieces into rows, best fit of the longest first: the row of each, its place there, and the number of rows.
+
+    Rows are in the order of their first pieces, so pieces that fill a row stay as they came.
+    """
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by what is left in them
+    row_of, first_of, count = [0] * len(lengths), [0] * len(lengths), 0
+    for piece in sorted(range(len(lengths)), key=lambda piece: -lengths[piece]):
+        length = lengths[piece]
+        assert 1 <= length <= capacity, f"a piece of {length} targets does not fit into a row of {capacity}"
+        left = next((left for left in range(length, capacity + 1) if open_rows[left]), None)
+        if left is None:
+            row, left, count = count, capacity, count + 1
+        else:
+            row = open_rows[left].pop()
+        row_of[piece], first_of[piece] = row, capacity - left
+        open_rows[left - length].append(row)
+    order: dict[int, int] = {}
+    return [order.setdefault(row, len(order)) for row in row_of], first_of, count
