@@ -1,17 +1,20 @@
 """Train and measure a plan of models, several at once, and go on where an earlier run stopped.
 
 python -m benchmarks.quality benchmarks/plans/quality.toml --data data --work work --processes 4 --minutes 60
+python -m benchmarks.quality benchmarks/plans/quality.toml --data data --work work --processes 12 --gpus 0 1
 python -m benchmarks.quality benchmarks/plans/quality.toml --data data --work work --list
 
 Small models leave most of a GPU idle, so several processes share it. What has a line in the results file is done, what
-has a checkpoint is not trained again, and an interrupted training goes on from its last epoch. When the time is up, the
-processes are stopped; the same command later does the rest. Output of each command goes to WORK/logs.
+has a checkpoint is not trained again, and an interrupted training goes on from its last validation. When the time is
+up, the processes are stopped; the same command later does the rest. Output of each job goes to WORK/logs.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -19,91 +22,100 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from benchmarks.machine import ROOT
 from benchmarks.quality_plan import Job, Places, Plan, Step, finished_runs, is_done, preparations, runs
 from benchmarks.rows import RESULTS
 
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 20.0
+GRACE_SECONDS = 5.0
+LAST_LINES = 5
 
 
-def command(step: Step) -> list[str]:
-    return [sys.executable, "-m", "nezha_vllm.cli", *step.words]
+def command(steps: Sequence[Step]) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.quality_steps", json.dumps([step.words for step in steps])]
 
 
 @dataclass
 class Running:
-    """A job on its way: the process of its first step that is not done."""
+    """A job on its way: the process that takes its steps."""
 
     job: Job
     process: subprocess.Popen
+    gpu: str
+    log: Path
     started: float
 
 
 @dataclass
 class Runner:
-    """Runs jobs, at most ``processes`` at a time, until ``deadline`` (of ``time.monotonic``)."""
+    """Runs jobs, at most ``processes`` at a time, until ``deadline`` (of ``time.monotonic``).
+
+    ``gpus``: indices among which the jobs are spread; none leaves the choice to the environment.
+    """
 
     places: Places
     processes: int
     deadline: float
-    command: Callable[[Step], list[str]] = command
+    command: Callable[[Sequence[Step]], list[str]] = command
     write: Callable[[str], None] = print
+    gpus: Sequence[str] = ()
     failed: list[str] = field(default_factory=list)
 
     def run(self, jobs: Sequence[Job]) -> bool:
         """True if time was left for all of them. Names of jobs with a failing step are kept in ``failed``."""
-        waiting, running = list(jobs), list[Running]()
+        waiting, running, began = list(jobs), list[Running](), time.monotonic()
         try:
             while waiting or running:
                 if time.monotonic() >= self.deadline:
                     return False
                 while waiting and len(running) < self.processes:
-                    started = self._start(waiting.pop(0))
+                    started = self._start(waiting.pop(0), [one.gpu for one in running])
                     running += [started] if started else []
                 time.sleep(POLL_SECONDS if running else 0)
-                running = [going for one in running if (going := self._step_on(one))]
+                for one in [one for one in running if one.process.poll() is not None]:
+                    running.remove(one)
+                    self.write(
+                        f"{time.monotonic() - began:.0f} s, {len(waiting) + len(running)} left: {self._end(one)}"
+                    )
             return True
         finally:
             self._stop(running)
 
-    def _start(self, job: Job) -> Running | None:
-        """The first step that is not done; None if all are."""
+    def _start(self, job: Job, busy: Sequence[str]) -> Running | None:
+        """All steps that are not done, in one process; None if there are none."""
         finished = finished_runs(self.places.results)
-        step = next((step for step in job.steps if not is_done(step, finished)), None)
-        if step is None:
+        steps = [step for step in job.steps if not is_done(step, finished)]
+        if not steps:
             return None
         logs = self.places.work / "logs"
         logs.mkdir(parents=True, exist_ok=True)
+        gpu = min(self.gpus, key=busy.count) if self.gpus else ""
+        path = logs / f"{job.name.replace('/', '-').replace(': ', '-')}.log"
         # a process group of its own, so that what it starts is stopped with it
-        with open(logs / f"{job.name.replace('/', '-').replace(': ', '-')}.log", "ab") as log:
+        with open(path, "ab") as log:
             process = subprocess.Popen(
-                self.command(step), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                self.command(steps),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}) | {"PYTHONPATH": _python_path()},
             )
-        self.write(f"{job.name}: {step.words[0]}")
-        return Running(job, process, time.monotonic())
+        return Running(job, process, gpu, path, time.monotonic())
 
-    def _step_on(self, running: Running) -> Running | None:
-        """The job as it is now: still going, on its next step, or over."""
-        status = running.process.poll()
-        if status is None:
-            return running
-        job, seconds = running.job, time.monotonic() - running.started
-        if status:
+    def _end(self, ended: Running) -> str:
+        """What is said of a job whose process has ended."""
+        job, status, seconds = ended.job, ended.process.returncode, time.monotonic() - ended.started
+        finished = finished_runs(self.places.results)
+        if status or not all(is_done(step, finished) for step in job.steps):
             self.failed.append(job.name)
-            self.write(
-                f"{job.name}: failed with status {status} after {seconds:.0f} s, see {self.places.work / 'logs'}"
-            )
-            return None
-        self.write(f"{job.name}: done in {seconds:.0f} s")
-        following = self._start(job)
-        if following and following.process.args == running.process.args:
-            self.failed.append(job.name)
-            self._stop([following])
-            self.write(f"{job.name}: ended well but left nothing, see {self.places.work / 'logs'}")
-            return None
-        return following
+            how = f"failed with status {status}" if status else "ended well but left something out,"
+            last = ended.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+            return "\n  ".join([f"{job.name}: {how} after {seconds:.0f} s, see {ended.log}", *last])
+        return "\n  ".join([f"{job.name}: done in {seconds:.0f} s", *_figures(self.places.results, job)])
 
     def _stop(self, running: Sequence[Running]) -> None:
         alive = [one.process for one in running if one.process.poll() is None]
@@ -118,6 +130,24 @@ class Runner:
                 process.wait()
 
 
+def _python_path() -> str:
+    """So that the processes find ``benchmarks``, wherever this one was started."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _figures(results: Path, job: Job) -> list[str]:
+    """The lines that a job left in the results file, in short."""
+    names = {step.run for step in job.steps if step.run}
+    if not (names and results.is_file()):
+        return []
+    with results.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["run"] in names]
+    return [
+        f"{row['method']}, K = {row['beam_width']} {row['validity']}: hit@10 {row['hit@10']}, ndcg@10 {row['ndcg@10']}"
+        for row in rows
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
@@ -125,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="data sets, models, ranks and logs")
     parser.add_argument("--results", type=Path, default=RESULTS / "quality.csv", metavar="FILE", help="(%(default)s)")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="at once (default %(default)s)")
+    parser.add_argument("--gpus", nargs="+", default=[], metavar="INDEX", help="GPUs to spread them over")
     parser.add_argument("--minutes", type=float, default=float("inf"), metavar="M", help="stop after so many")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="runs whose name holds one of these")
     parser.add_argument("--list", action="store_true", help="say what is done and what is not, and run nothing")
@@ -151,7 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         parser.error(f"another run is at work in {places.work}; wait for it, or name another folder")
-    runner = Runner(places, arguments.processes, time.monotonic() + 60 * arguments.minutes)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    runner = Runner(places, arguments.processes, deadline, write=partial(print, flush=True), gpus=arguments.gpus)
     names = {job.name.split("/")[0] for job in jobs}
     data = [job for job in preparations(plan, places) if job.name.split(":")[0] in names]
     in_time = runner.run(data)

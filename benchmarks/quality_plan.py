@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import tomllib
 from collections.abc import Mapping
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 PARTS_OF_A_RUN = 5  # data set, model, method, seed, hash
+CURVE = "-beam-"  # in the names of the runs that make a curve
 METHODS = ("nezha", "nezha-1", "nezha-2", "nezha-3", "nezha-4", "mtp", "ar")
+SUBSET = ("datasets", "models", "methods", "seeds")
 TABLES = {"datasets": ("prepare", "tokenize", "train"), "models": ("train",)}
 
 
@@ -39,7 +42,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """``datasets`` and ``models``: name → arguments of each verb, ``{data}`` is the folder of the raw files."""
+    """``datasets`` and ``models``: name → arguments of each verb, ``{data}`` is the folder of the raw files.
+
+    ``order``: what is run first, next and so on, each a table of some ``datasets``, ``models``, ``methods`` and
+    ``seeds``, all where it names none; without it everything, seed by seed. ``curve``: beam widths at which NEZHA of
+    the first model and seed is measured too, with either validity.
+    """
 
     datasets: dict[str, dict[str, list[str]]]
     models: dict[str, dict[str, list[str]]]
@@ -48,6 +56,8 @@ class Plan:
     train: list[str] = field(default_factory=list)
     evaluate: list[str] = field(default_factory=list)
     baselines: list[str] = field(default_factory=list)
+    order: list[dict[str, list]] = field(default_factory=lambda: [{}])
+    curve: list[int] = field(default_factory=list)
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -67,6 +77,10 @@ class Plan:
             for name, arguments in getattr(plan, table).items():
                 if strange := sorted(set(arguments) - set(verbs)):
                     raise ValueError(f"{path}: {table}.{name} has {strange}, known are {list(verbs)}")
+        for subset in plan.order:
+            for key, names in subset.items():
+                if key not in SUBSET or not set(names) <= set(getattr(plan, key)):
+                    raise ValueError(f"{path}: order has {key} = {names}, which the plan does not have")
         return plan
 
 
@@ -98,16 +112,16 @@ def preparations(plan: Plan, places: Places) -> list[Job]:
 def runs(plan: Plan, places: Places) -> list[Job]:
     """One job a model: its training and evaluation. NEZHA-4 is an evaluation of NEZHA's checkpoint.
 
-    All data sets come with the first seed, then all with the second: a plan that is stopped early still compares.
+    In the plan's order; of each subset all data sets come with the first seed, then all with the second, so that a plan
+    that is stopped early still compares.
     """
-    jobs = []
-    for seed in plan.seeds:
-        for dataset in plan.datasets:
-            for model in plan.models:
-                for method in plan.methods:
-                    if method != "nezha-4" or "nezha" not in plan.methods:
-                        jobs.append(_run(plan, places, dataset, model, method, seed))
-    return jobs
+    wanted: dict[tuple, None] = {}
+    for subset in plan.order:
+        datasets, models, methods, seeds = (subset.get(key, list(getattr(plan, key))) for key in SUBSET)
+        for seed, dataset, model, method in itertools.product(seeds, datasets, models, methods):
+            if method != "nezha-4" or "nezha" not in plan.methods:
+                wanted[dataset, model, method, seed] = None
+    return [_run(plan, places, *one) for one in wanted]
 
 
 def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed: int) -> Job:
@@ -136,6 +150,10 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
         steps.append(evaluate(run, "--baselines", *wanted))
     if trained == "nezha" and "nezha-4" in plan.methods:
         steps.append(evaluate(f"{name}-final", "--validity", "final", "--baselines"))
+    if method == "nezha" and (model, seed) == (next(iter(plan.models)), plan.seeds[0]):
+        for width, validity in itertools.product(plan.curve, ("stepwise", "final")):
+            more = "--beam-width", str(width), "--validity", validity, "--baselines"
+            steps.append(evaluate(f"{name}{CURVE}{width}-{validity}", *more))
     return Job(name, steps)
 
 

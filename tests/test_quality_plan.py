@@ -24,6 +24,7 @@ from nezha_vllm import cli
 PLAN = """
 methods = ["nezha", "nezha-4", "ar"]
 seeds = [0, 1]
+curve = [5]
 baselines = ["popularity"]
 train = ["--epochs", "1", "--max-history", "6"]
 evaluate = ["--beam-width", "20"]
@@ -65,7 +66,8 @@ def test_a_plan_runs_from_raw_files_to_tables(places, tmp_path, capsys):
     with places.results.open(newline="") as file:
         rows = list(csv.DictReader(file))
     # popularity once; NEZHA, NEZHA-4 and the language model's two decodings by seed
-    assert len(rows) == 1 + 2 * 4
+    assert len(rows) == 1 + 2 * 4 + 2
+    assert {row["beam_width"] for row in rows} == {"20", "5"}
     assert all(json.loads(row["config"])["train_seconds"] > 0 for row in rows if row["validity"])
     results = quality_tables.read(places.results)
     text = quality_tables.make(results, places.work / "ranks")
@@ -88,8 +90,8 @@ def test_a_plan_runs_from_raw_files_to_tables(places, tmp_path, capsys):
     assert all(is_done(step, set()) for job in preparations(changed, places) for step in job.steps)
 
 
-def shell(step):
-    return ["sh", "-c", step.words[0]]
+def shell(steps):
+    return ["sh", "-c", "\n".join(["set -e", *(step.words[0] for step in steps)])]
 
 
 def job_of(places, name, script, made):

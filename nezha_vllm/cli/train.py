@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--item-dropout", float, "item_dropout", "share of history items blotted out; with a backbone 0")
     option("--label-smoothing", float, "label_smoothing", "share of the loss spread over all codes")
     option("--patience", int, "patience", "stop after so many validations without a better one; 0: never")
-    option("--validate-every", int, "validate_every", "epochs from one validation, and point to go on from, to the next")
+    option(
+        "--validate-every", int, "validate_every", "epochs from one validation, and point to go on from, to the next"
+    )
     option("--seed", int, "seed", "of weights, order and dropout")
     parser.add_argument(
         "--select", choices=("loss", "ndcg@10"), help=f"picks the best epoch (default {default.select})"

@@ -47,6 +47,10 @@ class Markov(Baseline):
         followers = sorted(counts.keys() & self.place.keys(), key=lambda item: (-counts[item], self.place[item]))
         return followers + [item for item in self.popularity.order if item not in counts]
 
+    def recommend_all(self, histories: Sequence[Sequence[str]], n: int) -> list[list[str]]:
+        lists = {last: self.recommend([last])[:n] for last in {history[-1] for history in histories}}
+        return [lists[history[-1]] for history in histories]
+
 
 class ItemKnn(Baseline):
     """Items by their similarity, summed over the items of the history, then by popularity.
@@ -76,6 +80,23 @@ class ItemKnn(Baseline):
         self.similar = cosine
 
     def recommend(self, history: Sequence[str]) -> list[str]:
-        known = [self.column[item] for item in dict.fromkeys(history) if item in self.column]
-        score_M = self.similar[known].sum(0)
-        return self.order[np.argsort(-score_M, kind="stable")].tolist()
+        return self.recommend_all([history], len(self.order))[0]
+
+    def recommend_all(self, histories: Sequence[Sequence[str]], n: int) -> list[list[str]]:
+        from scipy import sparse
+
+        known = [
+            (row, self.column[item]) for row, items in enumerate(histories) for item in set(items) & self.column.keys()
+        ]
+        rows, columns = np.array(known, np.int64).reshape(-1, 2).T
+        asked = sparse.csr_array((np.ones(len(known), np.float32), (rows, columns)), (len(histories), len(self.order)))
+        score = (asked @ self.similar).tocsr()
+        score.sort_indices()
+        found = []
+        for start, end in itertools.pairwise(score.indptr):
+            # the many without a score stay in their order, by popularity
+            similar, values = score.indices[start:end], score.data[start:end]
+            best = similar[np.argsort(-values, kind="stable")][:n]
+            rest = np.setdiff1d(np.arange(min(len(self.order), n + len(similar))), similar)[: n - len(best)]
+            found.append(self.order[np.concatenate([best, rest])].tolist())
+        return found

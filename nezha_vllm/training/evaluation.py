@@ -97,7 +97,7 @@ class HeldOut:
         batch_size: int = 2048,
     ) -> None:
         self.catalogue, self.histories, self.targets = catalogue, histories, targets
-        self.ask = {"max_history": max_history, "prefix": prefix}
+        self.ask: dict[str, Any] = {"max_history": max_history, "prefix": prefix}
         prompts = history_prompts(config, catalogue, [items[-max_history:] for items in histories], prefix)
         # histories of similar length share a batch: little padding
         self.order = np.argsort([len(prompt) for prompt in prompts], kind="stable")

@@ -96,10 +96,10 @@ class _Bar(ProgressCallback):
 
 
 def _arguments(options: TrainingOptions, run_folder: Path, rows: int) -> TrainingArguments:
-    every = {"strategy": "epoch", "steps": None}
+    strategy, steps = "epoch", 0
     if options.validate_every > 1:
         world = int(os.environ.get("WORLD_SIZE", 1))
-        every = {"strategy": "steps", "steps": options.validate_every * math.ceil(rows / (options.batch_size * world))}
+        strategy, steps = "steps", options.validate_every * math.ceil(rows / (options.batch_size * world))
     arguments = TrainingArguments(
         output_dir=str(run_folder),
         num_train_epochs=options.epochs,
@@ -109,10 +109,10 @@ def _arguments(options: TrainingOptions, run_folder: Path, rows: int) -> Trainin
         warmup_steps=options.warmup,  # below 1: a share of all steps
         max_grad_norm=1.0,
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-        eval_strategy=every["strategy"],
-        eval_steps=every["steps"],
-        save_strategy=every["strategy"],
-        save_steps=every["steps"] or 500,
+        eval_strategy=strategy,
+        eval_steps=steps or None,
+        save_strategy=strategy,
+        save_steps=steps or 500,
         logging_strategy="epoch",
         save_total_limit=2,
         load_best_model_at_end=True,

@@ -130,9 +130,9 @@ def data_hash(dataset: Dataset) -> str:
 
 
 def commit() -> str:
-    """The commit of the source, with ``+`` if it was changed since; empty where it is no git checkout."""
+    """The commit of the source, with ``+`` if it was changed since; where it is no git checkout, ``NEZHA_COMMIT``."""
     ask = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return os.environ.get("NEZHA_COMMIT", "")

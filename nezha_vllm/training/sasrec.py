@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nezha_vllm.training.baselines import Baseline
-from nezha_vllm.training.metrics import ndcg, ranks_of
+from nezha_vllm.training.metrics import ndcg
 
 PADDING = 0
 
@@ -101,15 +102,33 @@ class SasRec(Baseline):
     def recommend_all(self, histories: Sequence[Sequence[str]], n: int) -> list[list[str]]:
         self.model.eval()
         found: list[list[str]] = []
-        for start in range(0, len(histories), 1024):
-            rows = [self._numbers(items)[-self.options.max_history :] for items in histories[start : start + 1024]]
-            items_UW, last_U = self._padded(rows), torch.tensor([len(row) - 1 for row in rows], device=self.device)
-            with self._autocast():
-                hidden_UWH = self.model(items_UW)
-            hidden_UH = hidden_UWH[torch.arange(len(rows), device=self.device), last_U].float()
-            best_UN = self.model.scores(hidden_UH).topk(min(n, len(self.item_ids))).indices
+        for asked in self._batches(histories):
+            best_UN = self._scores(*asked).topk(min(n, len(self.item_ids))).indices
             found += [[self.item_ids[item] for item in row] for row in best_UN.tolist()]
         return found
+
+    def _batches(self, histories: Sequence[Sequence[str]], size: int = 1024) -> list[tuple[Tensor, Tensor]]:
+        """Item numbers [U, W] of each batch of histories, and where the last of a row stands [U]."""
+        rows = [self._numbers(items[-self.options.max_history :]) for items in histories]
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return [
+            (self._padded(part), torch.tensor([len(row) - 1 for row in part], device=self.device)) for part in parts
+        ]
+
+    def _scores(self, items_UW: Tensor, last_U: Tensor) -> Tensor:
+        """Logits [U, M] of what follows each row."""
+        with self._autocast():
+            hidden_UWH = self.model(items_UW)
+        return self.model.scores(hidden_UWH[torch.arange(len(last_U), device=self.device), last_U].float())
+
+    @torch.no_grad()
+    def _ranks(self, asked: Sequence[tuple[Tensor, Tensor]], targets: Sequence[Tensor]) -> np.ndarray:
+        self.model.eval()
+        ranks = []
+        for batch, target_U in zip(asked, targets, strict=True):
+            scores_UM = self._scores(*batch)
+            ranks.append((scores_UM > scores_UM.gather(1, target_U[:, None])).sum(1))
+        return torch.cat(ranks).cpu().numpy()
 
     def recommend(self, history: Sequence[str]) -> list[str]:
         return self.recommend_all([history], len(self.item_ids))[0]
@@ -129,6 +148,10 @@ class SasRec(Baseline):
             raise ValueError("no training sequence has two items, so there is no next item to learn")
         rows = self._padded(pieces)  # on the device for good: an epoch is one permutation of it
         optimizer = torch.optim.AdamW(self.model.parameters(), options.learning_rate, (0.9, 0.98), weight_decay=0.01)
+        asked = self._batches(histories)
+        targets = (torch.tensor(self._numbers(valid), device=self.device) - 1).split(
+            [len(last_U) for _, last_U in asked]
+        )
         best, best_epoch, weights = -1.0, 0, deepcopy(self.model.state_dict())
         for epoch in range(1, options.epochs + 1):
             self.model.train()
@@ -140,7 +163,7 @@ class SasRec(Baseline):
                 loss.backward()
                 optimizer.step()
                 total += loss.detach()
-            found = ndcg(ranks_of(valid, self.recommend_all(histories, 10)), 10)
+            found = ndcg(self._ranks(asked, targets), 10)
             write(
                 f"SASRec epoch {epoch}: training loss {float(total) / len(batches):.4f}  validation ndcg@10 {found:.4f}"
             )
