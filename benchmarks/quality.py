@@ -2,7 +2,7 @@
 
 python -m benchmarks.quality benchmarks/plans/quality.toml --data data --work work --processes 4 --minutes 60
 python -m benchmarks.quality benchmarks/plans/quality.toml --data data --work work --processes 12 --gpus 0 1
-python -m benchmarks.quality benchmarks/plans/quality.toml --data data --work work --list
+python -m benchmarks.quality benchmarks/plans/quality-search.toml --data data --work work --list
 
 Small models leave most of a GPU idle, so several processes share it. What has a line in the results file is done, what
 has a checkpoint is not trained again, and an interrupted training goes on from its last validation. When the time is
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -130,6 +130,15 @@ class Runner:
                 process.wait()
 
 
+def load(text: str) -> Plan:
+    """A plan, or of ``PLAN:N`` the first N tables of its order."""
+    path, _, first = text.rpartition(":")
+    if not (path and first.isdecimal()):
+        return Plan.load(Path(text))
+    plan = Plan.load(Path(path))
+    return replace(plan, order=plan.order[: int(first)])
+
+
 def _python_path() -> str:
     """So that the processes find ``benchmarks``, wherever this one was started."""
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -150,7 +159,7 @@ def _figures(results: Path, job: Job) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", type=Path)
+    parser.add_argument("plans", nargs="+", metavar="PLAN[:N]", help="one after another; :N of its order the first N")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the raw files")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="data sets, models, ranks and logs")
     parser.add_argument("--results", type=Path, default=RESULTS / "quality.csv", metavar="FILE", help="(%(default)s)")
@@ -163,12 +172,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.processes < 1:
         parser.error("--processes must be at least 1")
     try:
-        plan = Plan.load(arguments.plan)
+        plans = [load(text) for text in arguments.plans]
     except (OSError, ValueError) as error:
         parser.error(str(error))
     places = Places(*(path.absolute() for path in (arguments.data, arguments.work, arguments.results)))
     wanted = arguments.only
-    jobs = [job for job in runs(plan, places) if not wanted or any(text in job.name for text in wanted)]
+    jobs = list({job.name: job for plan in plans for job in runs(plan, places)}.values())
+    jobs = [job for job in jobs if not wanted or any(text in job.name for text in wanted)]
     if arguments.list:
         finished = finished_runs(places.results)
         for job in jobs:
@@ -185,9 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * arguments.minutes
     runner = Runner(places, arguments.processes, deadline, write=partial(print, flush=True), gpus=arguments.gpus)
     names = {job.name.split("/")[0] for job in jobs}
-    data = [job for job in preparations(plan, places) if job.name.split(":")[0] in names]
-    in_time = runner.run(data)
-    ready = {job.name.split(":")[0] for job in data} - {name.split(":")[0] for name in runner.failed}
+    data = {job.name: job for plan in plans for job in preparations(plan, places) if job.name.split(":")[0] in names}
+    in_time = runner.run(list(data.values()))
+    ready = {name.split(":")[0] for name in data} - {name.split(":")[0] for name in runner.failed}
     in_time = in_time and runner.run([job for job in jobs if job.name.split("/")[0] in ready])
     if not in_time:
         print("the time is up; the same command goes on from here", file=sys.stderr)

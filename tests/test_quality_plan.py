@@ -17,7 +17,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 from benchmarks import quality_tables
 from benchmarks.machine import ROOT
-from benchmarks.quality import Runner
+from benchmarks.quality import Runner, load
 from benchmarks.quality_plan import Job, Places, Plan, Step, finished_runs, is_done, preparations, runs
 from nezha_vllm import cli
 
@@ -146,6 +146,7 @@ def test_when_the_time_is_up_children_of_children_are_stopped(places, tmp_path):
         (('"ar"]', '"magic"]'), "not \\['magic'\\]"),
         (("seeds = [0, 1]", "seeds = []"), "there must be seeds"),
         (("[models.tiny]", "[models.tiny]\nlayers = 3"), "models.tiny has \\['layers'\\]"),
+        (("[models.tiny]", "order = [{ seeds = [7] }]\n[models.tiny]"), "order has seeds = \\[7\\]"),
         (("seeds =", "sedes ="), "sedes"),
         (("methods = [", "methods = "), "plan.toml"),
     ],
@@ -155,14 +156,32 @@ def test_a_wrong_plan_says_where(change, said, tmp_path):
         plan_of(tmp_path, PLAN.replace(*change))
 
 
-def test_the_repositorys_plan_has_commands_that_exist(places):
-    plan = Plan.load(ROOT / "benchmarks" / "plans" / "quality.toml")
+@pytest.mark.parametrize(("name", "count"), [("quality.toml", 5 + 5 * 3 * 6 * 3), ("quality-search.toml", 12 + 39)])
+def test_the_repositorys_plans_have_commands_that_exist(name, count, places):
+    plan = Plan.load(ROOT / "benchmarks" / "plans" / name)
     parser = cli.build_parser()
     jobs = [*preparations(plan, places), *runs(plan, places)]
-    assert len({job.name for job in jobs}) == len(jobs) == 5 + 5 * 3 * 6 * 3
+    assert len({job.name for job in jobs}) == len(jobs) == count
     for words in (step.words for job in jobs for step in job.steps):
         parser.parse_args(words)
         assert not any("{data}" in word for word in words)
+
+
+def test_runs_come_in_the_plans_order(places, tmp_path):
+    order = 'order = [{ methods = ["ar"], seeds = [1] }, { methods = ["ar"] }]\n[models.tiny]'
+    plan = plan_of(tmp_path, PLAN.replace("[models.tiny]", order))
+    assert [job.name.split("/")[2:4] for job in runs(plan, places)] == [["ar", "1"], ["ar", "0"]]
+    first = load(f"{tmp_path / 'plan.toml'}:1")
+    assert [job.name.split("/")[2:4] for job in runs(first, places)] == [["ar", "1"]]
+
+
+def test_jobs_are_spread_over_the_gpus(places, tmp_path):
+    script = "echo $CUDA_VISIBLE_DEVICES > {made}; sleep 0.5"
+    jobs = [job_of(places, f"job {n}", script, tmp_path / f"made{n}") for n in range(4)]
+    shared = runner(places, processes=4)
+    shared.gpus = ["0", "1"]
+    assert shared.run(jobs)
+    assert sorted((tmp_path / f"made{n}").read_text() for n in range(4)) == ["0\n", "0\n", "1\n", "1\n"]
 
 
 def test_baselines_are_measured_once_a_data_set_and_sasrec_once_a_seed(places):
