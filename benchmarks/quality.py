@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.machine import ROOT
-from benchmarks.quality_plan import Job, Places, Plan, Step, finished_runs, is_done, preparations, runs
+from benchmarks.quality_plan import Job, Places, Plan, Step, finished_runs, preparations, remaining, runs
 from benchmarks.rows import RESULTS
 
 POLL_SECONDS = 0.2
@@ -71,8 +71,8 @@ class Runner:
             while waiting or running:
                 if time.monotonic() >= self.deadline:
                     return False
-                while waiting and len(running) < self.processes:
-                    started = self._start(waiting.pop(0), [one.gpu for one in running])
+                while len(running) < self.processes and (job := self._next(waiting, running)):
+                    started = self._start(job, [one.gpu for one in running])
                     running += [started] if started else []
                 time.sleep(POLL_SECONDS if running else 0)
                 for one in [one for one in running if one.process.poll() is not None]:
@@ -84,10 +84,19 @@ class Runner:
         finally:
             self._stop(running)
 
+    def _next(self, waiting: list[Job], running: Sequence[Running]) -> Job | None:
+        """Takes the first job that need not wait for another; those whose data are not to be had have failed, too."""
+        pending = {job.name for job in waiting} | {one.job.name for one in running}
+        for job in [job for job in waiting if job.after not in pending]:
+            waiting.remove(job)
+            if job.after not in self.failed:
+                return job
+            self.failed.append(job.name)
+        return None
+
     def _start(self, job: Job, busy: Sequence[str]) -> Running | None:
         """All steps that are not done, in one process; None if there are none."""
-        finished = finished_runs(self.places.results)
-        steps = [step for step in job.steps if not is_done(step, finished)]
+        steps = remaining(job, finished_runs(self.places.results))
         if not steps:
             return None
         logs = self.places.work / "logs"
@@ -109,8 +118,7 @@ class Runner:
     def _end(self, ended: Running) -> str:
         """What is said of a job whose process has ended."""
         job, status, seconds = ended.job, ended.process.returncode, time.monotonic() - ended.started
-        finished = finished_runs(self.places.results)
-        if status or not all(is_done(step, finished) for step in job.steps):
+        if status or remaining(job, finished_runs(self.places.results)):
             self.failed.append(job.name)
             how = f"failed with status {status}" if status else "ended well but left something out,"
             last = ended.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
@@ -182,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         finished = finished_runs(places.results)
         for job in jobs:
-            done = sum(is_done(step, finished) for step in job.steps)
+            done = len(job.steps) - len(remaining(job, finished))
             print(f"{job.name}: {done} of {len(job.steps)} steps")
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started is stopped
@@ -196,9 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runner = Runner(places, arguments.processes, deadline, write=partial(print, flush=True), gpus=arguments.gpus)
     names = {job.name.split("/")[0] for job in jobs}
     data = {job.name: job for plan in plans for job in preparations(plan, places) if job.name.split(":")[0] in names}
-    in_time = runner.run(list(data.values()))
-    ready = {name.split(":")[0] for name in data} - {name.split(":")[0] for name in runner.failed}
-    in_time = in_time and runner.run([job for job in jobs if job.name.split("/")[0] in ready])
+    in_time = runner.run([*data.values(), *jobs])
     if not in_time:
         print("the time is up; the same command goes on from here", file=sys.stderr)
     if runner.failed:

@@ -34,10 +34,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Job:
-    """Steps in their order; jobs of one stage know nothing of each other."""
+    """Steps in their order; ``after``: the job that makes what this one reads."""
 
     name: str
     steps: list[Step]
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
         for width, validity in itertools.product(plan.curve, ("stepwise", "final")):
             more = "--beam-width", str(width), "--validity", validity, "--baselines"
             steps.append(evaluate(f"{name}{CURVE}{width}-{validity}", *more))
-    return Job(name, steps)
+    return Job(name, steps, f"{dataset}: data")
 
 
 def _dataset(plan: Plan, places: Places, name: str) -> tuple[Path, Path]:
@@ -176,6 +177,14 @@ def finished_runs(results: Path) -> set[str]:
     with results.open(newline="", encoding="utf-8") as file:
         rows: list[Mapping[str, str]] = list(csv.DictReader(file))
     return {row.get("run", "") for row in rows} - {""}
+
+
+def remaining(job: Job, finished: set[str]) -> list[Step]:
+    """The steps that are not done; none if all that is measured has its lines, even if the checkpoint is gone."""
+    measured = [step for step in job.steps if step.run]
+    if measured and all(is_done(step, finished) for step in measured):
+        return []
+    return [step for step in job.steps if not is_done(step, finished)]
 
 
 def is_done(step: Step, finished: set[str]) -> bool:

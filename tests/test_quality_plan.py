@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -18,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 from benchmarks import quality_tables
 from benchmarks.machine import ROOT
 from benchmarks.quality import Runner, load
-from benchmarks.quality_plan import Job, Places, Plan, Step, finished_runs, is_done, preparations, runs
+from benchmarks.quality_plan import Job, Places, Plan, Step, finished_runs, is_done, preparations, remaining, runs
 from nezha_vllm import cli
 
 PLAN = """
@@ -84,6 +85,9 @@ def test_a_plan_runs_from_raw_files_to_tables(places, tmp_path, capsys):
     quality_tables.main(["--results", str(places.results), "--document", str(tmp_path / "page.md")])
     assert "### ring" in (tmp_path / "page.md").read_text()
     assert "old" not in (tmp_path / "page.md").read_text()
+    # measured is measured, also where nothing but the results was kept
+    shutil.rmtree(places.work / "models")
+    assert not any(remaining(job, finished_runs(places.results)) for job in jobs)
     # another option makes other runs; what does not depend on it stays
     changed = replace(plan, train=["--epochs", "2"])
     assert not any(is_done(step, finished_runs(places.results)) for job in runs(changed, places) for step in job.steps)
@@ -118,6 +122,18 @@ def test_a_job_goes_on_at_the_step_it_lacks(places, tmp_path):
     made[0].write_text("before\n")
     assert runner(places).run([job])
     assert [path.read_text() for path in made] == ["before\n", "x\n"]
+
+
+def test_a_job_waits_for_its_data_and_fails_with_them(places, tmp_path):
+    made = [tmp_path / f"made{n}" for n in range(4)]
+    slow = job_of(places, "slow", "sleep 0.5; touch {made}", made[0])
+    bad = job_of(places, "bad", "exit 1", made[1])
+    after_slow = replace(job_of(places, "reader", f"test -f {made[0]} && touch {{made}}", made[2]), after="slow")
+    after_bad = replace(job_of(places, "orphan", "touch {made}", made[3]), after="bad")
+    found = runner(places, processes=3)
+    assert found.run([after_slow, after_bad, slow, bad])
+    assert found.failed == ["bad", "orphan"]
+    assert [path.exists() for path in made] == [True, False, True, False]
 
 
 def test_failures_are_named_and_stop_no_other_job(places, tmp_path):

@@ -10,16 +10,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.data.dataset import Dataset
 from nezha_vllm.training.baselines import Markov, Popularity
 from nezha_vllm.training.comparison import BASELINES, compare, table, to_json
-from nezha_vllm.training.evaluation import model_ranks, target_loss
+from nezha_vllm.training.evaluation import HeldOut, model_ranks, target_loss
 from nezha_vllm.training.fit import codes_of, fit
 from nezha_vllm.training.metrics import UNRANKED, ndcg, ranks_of, summary
 from nezha_vllm.training.options import PRETRAINED, TrainingOptions
-from nezha_vllm.training.packing import PackedCollator, Segments
+from nezha_vllm.training.packing import PackedCollator, Segments, packed
 from nezha_vllm.training.regularise import add_dropout
 from nezha_vllm.training.start import starting_model
 from nezha_vllm.training.trainer import parameter_groups
@@ -83,6 +85,40 @@ def test_pieces_are_parts_of_the_sequence_and_cover_every_target(length):
             assert (piece.diff() == 1).all()
             seen.update(piece[1:].tolist())
     assert set(seen) == set(range(1, length))
+
+
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=40))
+def test_pieces_share_rows_without_touching(lengths):
+    row_of, first_of, count = packed(lengths, 7)
+    places = [(row, first + at) for row, first, n in zip(row_of, first_of, lengths, strict=True) for at in range(n)]
+    assert len(set(places)) == len(places)
+    assert all(0 <= place < 7 for _, place in places)
+    assert {row for row, _ in places} == set(range(count))
+    # at most one row is less than half full, else two would have gone into one
+    filled = Counter(row for row, _ in places)
+    assert sum(used <= 3 for used in filled.values()) <= 1
+    assert lengths != [7] * len(lengths) or row_of == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize("keep_shared", [False, True])
+def test_validation_ranks_as_the_evaluation_does(catalogue, rings, keep_shared):
+    split = rings.leave_one_out()
+    if keep_shared:  # two items an ID
+        catalogue = Catalogue.build(ITEMS, [[n // 2 % 4, n // 8, 0] for n in range(len(ITEMS))], [4, 4, 4])
+    model, _ = start(catalogue)
+    ask = {"max_history": 4}
+    held_out = HeldOut(model.config, catalogue, split.valid_history, split.valid_target, batch_size=7, **ask)
+    found = held_out.ranks(model, 10)
+    expected = model_ranks(model, catalogue, split.valid_history, split.valid_target, beam_width=10, **ask)
+    assert found.tolist() == expected.tolist()
+    assert len(set(found.tolist())) > 2
+
+
+def test_validation_may_come_every_few_epochs(catalogue, rings, tmp_path):
+    lines = []
+    options = TrainingOptions(**(FAST | {"epochs": 4, "validate_every": 2}))
+    fit(start(catalogue)[0], catalogue, rings.leave_one_out(), options, tmp_path / "run", write=lines.append)
+    assert [line.split(":")[0] for line in lines] == ["epoch 2", "epoch 4"]
 
 
 def test_a_small_model_learns_the_data_by_heart(catalogue, rings, tmp_path):
