@@ -104,6 +104,8 @@ class HeldOut:
         rows = np.asarray(catalogue.rows(targets))
         self.labels_NL = torch.from_numpy(catalogue.codes[rows]).long()
         self.semantic_ids = np.searchsorted(catalogue.first_row, rows, side="right") - 1
+        self.turns = rows - catalogue.first_row[self.semantic_ids]
+        self.shared_by = np.diff(catalogue.first_row)  # items of each semantic ID
         parts = [self.order[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
         self.batches = [(part, *pad_left([prompts[row] for row in part])) for part in parts]
 
@@ -127,7 +129,8 @@ class HeldOut:
     @torch.no_grad()
     def ranks(self, model: NezhaModel, beam_width: int) -> np.ndarray:
         """Ranks of the targets, from 0; ``metrics.UNRANKED`` beyond the beam or the largest cut-off."""
-        if len(self.catalogue.keys) < self.catalogue.num_items:  # a rank depends on who shares an ID
+        shared = len(self.catalogue.keys) < self.catalogue.num_items
+        if shared and model.config.shared_ids != "expand":  # a rank hangs on all that the beams hold
             found = ranked(model, self.catalogue, self.histories, beam_width=beam_width, **self.ask)
             return ranks_of(self.targets, found.items)
         model.eval()
@@ -135,9 +138,12 @@ class HeldOut:
         find = searcher(model, self.catalogue, beam_width, kernels=False)  # they take longer to compile than to run
         for part, ids_NQ, mask_NQ in self._batches(model.device):
             best_NK = find(ids_NQ, mask_NQ).index_NK[:, : max(CUTOFFS)]
-            hit_NK = best_NK == torch.from_numpy(self.semantic_ids[part]).to(model.device)[:, None]
-            place_N = torch.where(hit_NK.any(1), hit_NK.int().argmax(1), UNRANKED)
-            ranks[part] = place_N.cpu().numpy()
+            best_NK = best_NK.cpu().numpy()
+            hit_NK = best_NK == self.semantic_ids[part][:, None]
+            # all items of the IDs before come first, then those of its own ID that precede it
+            before_NK = np.cumsum(self.shared_by[best_NK], axis=1) - self.shared_by[best_NK]
+            place_N = (before_NK * hit_NK).sum(1) + self.turns[part]
+            ranks[part] = np.where(hit_NK.any(1) & (place_N < max(CUTOFFS)), place_N, UNRANKED)
         return ranks
 
     def _batches(self, device: torch.device) -> list[tuple[np.ndarray, Tensor, Tensor]]:
