@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
 
 # up to what 32 prompts of up to 128 tokens have together
 GRAPHS = {"cudagraph_mode": "FULL", "cudagraph_capture_sizes": [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]}
-SAME = 1e-5  # on scores: float32 on the same kernels, whose rows may lie elsewhere in a batch
+SAME = 3e-5  # on scores around 6: a batch of another size may have other matrix products; 1.8e-5 was seen
 BATCHES = (1, 7, 32, 64, 256)
 ASKED = [(1, "stepwise"), (7, "final"), (64, "stepwise"), (512, "final"), (512, "stepwise"), (10, "stepwise")]
 MIXED = 84  # answers to compare: every combination 14 times

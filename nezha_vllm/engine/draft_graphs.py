@@ -68,7 +68,7 @@ class DraftGraphs:
         ranks: of `SegmentRanks`; None if the catalogue has no segments.
 
     Graphs read where a catalogue lies from device memory, so they search in one that comes later, too: ``put`` it in a
-    place, and name the place in the options of its requests.
+    place, and name the place in the options of its requests. Its arrays live as long as it has the place.
     """
 
     room_for_positions = MAX_POSITIONS  # of the rules of a step, together
@@ -88,7 +88,7 @@ class DraftGraphs:
         self.options_8N = torch.zeros(OPTIONS, most, dtype=torch.int32, device=device)
         lines = [plan.entry(ranks)] * PLACES
         self.catalogues = torch.tensor(lines, device=device)
-        self.free = list(range(1, PLACES))
+        self.places: dict[int, tuple[Plan, Tensor | None]] = {0: (plan, ranks)}
         self.positions = torch.zeros(MAX_POSITIONS, dtype=torch.int32, device=device)
         self.out = torch.zeros(max(size * self._row(width) for size, width in shapes), dtype=torch.int32, device=device)
         # a step's requests, each launch rounded up to its size: fewer than twice as many, and one launch a width more
@@ -117,16 +117,17 @@ class DraftGraphs:
 
     def put(self, plan: Plan, ranks: Tensor | None) -> int:
         """Let graphs search in another catalogue, too; its place. Steps in flight do not look there."""
-        place = self.free.pop()
+        place = next(place for place in range(PLACES) if place not in self.places)
+        self.places[place] = plan, ranks
         with torch.cuda.stream(self.stream):
             self.catalogues[place].copy_(torch.tensor(plan.entry(ranks)))
         self.stream.synchronize()
         return place
 
     def take_away(self, place: int) -> None:
-        """Free a place: its arrays may go then. Waits for the steps in flight, which may search there."""
+        """Free a place and what is there. Waits for the steps in flight, which may search in it."""
         torch.cuda.synchronize(self.catalogues.device)
-        self.free.append(place)
+        del self.places[place]
 
     def _row(self, width: int) -> int:
         return 2 + width * (1 + self.num_levels)
