@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nezha_vllm import cli
-from nezha_vllm.planning import fleet
+from nezha_vllm.planning import calibration, fleet
 from nezha_vllm.planning.calibration import percentiles
 from nezha_vllm.planning.fleet import Wanted, capacity, make_plan
 from nezha_vllm.planning.measurements import PlanError, read_curves
@@ -19,7 +19,9 @@ from nezha_vllm.planning.simulation import ServerModel, closed_loop, open_loop
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SERVER = ServerModel(step_ms=2.0, request_ms=0.5, api_ms=1.0, rest_ms=0.3, max_requests=31, api_processes=4)
+SERVER = ServerModel(
+    step_ms=2.0, request_ms=0.5, api_ms=1.0, rest_ms=0.3, pause_ms=0.0, max_requests=31, api_processes=4
+)
 WANTED = Wanted((5000.0,), {128: 1.0}, beam_width=512, n=10, items=50_000, p99_ms=30.0)
 
 
@@ -30,10 +32,16 @@ def test_a_request_alone_waits_for_nobody() -> None:
     assert np.median(open_loop(SERVER, 1.0, 100, more_ms=np.array([4.0]))) == pytest.approx(alone + 4)
 
 
+def test_an_api_process_pauses_about_once_a_second() -> None:
+    paused = replace(SERVER, pause_ms=30.0)
+    slow = open_loop(paused, 100.0, 20_000, seed=1) > 15
+    assert slow.mean() == pytest.approx(0.03 * 0.6, rel=0.4)  # whoever meets the part of a pause that is that long
+
+
 @pytest.mark.parametrize("load", [0.3, 0.7])
 def test_without_batches_it_is_the_queue_of_the_textbook(load: float) -> None:
     """M/D/1: the mean wait is ρ s / 2 (1 - ρ)."""
-    server = ServerModel(0.0, 10.0, 0.0, 0.0, max_requests=1, api_processes=1)
+    server = ServerModel(0.0, 10.0, 0.0, 0.0, 0.0, max_requests=1, api_processes=1)
     waits = open_loop(server, 100 * load, 40_000, seed=3) - 10
     assert waits.mean() == pytest.approx(10 * load / (2 * (1 - load)), rel=0.05)
 
@@ -53,12 +61,12 @@ def write_results(folder: Path, server: ServerModel) -> None:
         names = list(row)
     row |= {"settings": "--api-server-count 4 --max-num-batched-tokens 4096", "note": "", "commit": "made-up"}
     found = []
-    for clients in (4, 8, 16, 31):
-        p50, p99 = percentiles([closed_loop(server, clients, 20 * clients)])
+    for clients in (8, 16, 31):
+        p50, p99 = percentiles(closed_loop(server, clients, 20 * clients, seed=9))
         found.append(row | {"load": "closed", "concurrency": clients, "request_rate": "", "p50_ms": p50, "p99_ms": p99,
                             "requests_per_s": 1000 * clients / p50})  # fmt: skip
     for rate in (400.0, 700.0, 1000.0):
-        p50, p99 = percentiles([open_loop(server, rate, 3000, seed=9)])
+        p50, p99 = percentiles(open_loop(server, rate, 3000, seed=9))
         found.append(row | {"load": "open", "concurrency": "", "request_rate": rate, "requests": 800, "p50_ms": p50,
                             "p99_ms": p99, "requests_per_s": rate})  # fmt: skip
     with (folder / "throughput.csv").open("w", newline="") as file:
@@ -69,6 +77,7 @@ def write_results(folder: Path, server: ServerModel) -> None:
 
 def test_the_plan_is_that_of_the_server_that_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "SIMULATED", 4000)
+    monkeypatch.setattr(calibration, "TRIALS", 15)
     write_results(tmp_path, SERVER)
     plan = make_plan(tmp_path, replace(WANTED, rates=(1000.0, 5000.0), p99_ms=16.0, spare=0.3))
     truth, *_ = capacity(SERVER, plan.curve, 16.0 / plan.margin)
@@ -79,6 +88,26 @@ def test_the_plan_is_that_of_the_server_that_was_measured(tmp_path: Path, monkey
     assert plan.gpus == max(plan.replicas) + plan.spare
     assert plan.spare >= 0.3 * max(plan.replicas)
     assert plan.gpu_hours_followed == 12 * sum(plan.replicas) + 24 * plan.spare
+
+
+def test_rows_of_another_commit_are_another_curve_and_the_newest_counts(tmp_path: Path) -> None:
+    write_results(tmp_path, SERVER)
+    with (tmp_path / "throughput.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with (tmp_path / "throughput.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        # a repetition; one behind; more users than one can count; another kind of load
+        later = [row | {"commit": "later", "date": "2027-01-01T00:00:00+00:00"} for row in [*rows, rows[-1]]]
+        later[-1] |= {"generator": "wrk 4.1.0, 2,048 users", "note": "fell behind the arrivals: 5 of 9 req/s"}
+        writer.writerows([*later, later[0] | {"load": "batch", "concurrency": "64"}])
+    newest, older = read_curves(tmp_path)
+    assert (newest.commit, older.commit) == ("later", "made-up")
+    assert [len(curve.closed) for curve in (newest, older)] == [3, 3]
+    assert [len(curve.open) for curve in (newest, older)] == [4, 3]
+    assert (newest.open[-1].users, newest.open[-1].kept_up) == (2048, False)
+    assert fleet.choose([newest, older], "llama-1b", 512, 10).commit == "later"
 
 
 @pytest.mark.parametrize(

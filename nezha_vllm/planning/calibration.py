@@ -1,4 +1,4 @@
-"""A queueing model's times from a measured load curve, and how well it foretells the curve."""
+"""A queueing model's times from measured load curves, and how well it foretells the curves."""
 
 from __future__ import annotations
 
@@ -11,30 +11,41 @@ from nezha_vllm.planning.measurements import Curve, Load, PlanError
 from nezha_vllm.planning.simulation import ServerModel, closed_loop, open_loop
 
 API_MS = 0.67  # CPU time of a request that does not stream, n = 10 (docs/http-api.md, "Speed")
-SEEDS = 3
-TRIALS = 50
+PAUSE_MS = 15.0  # where a fit begins
+RUNS = 12  # of a load that is foretold, each as long as the measurement; their spread is what one run's chance is
+TRIALS, NEAR_TRIALS = 25, 10  # of a fit, for each time that is free; of one that begins near its end
+TENTH = 0.1  # relative errors that are larger count less than their square
 CLOSE = 0.85
+MOST_SIMULATED = 6000
 WEIGHTS = (4.0, 1.0)  # a few seconds tell a p50 better than a p99
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The same server under both kinds of load generator.
+    """The same server under requests for a plain answer, and under requests that stream every item."""
 
-    ``closed`` is for requests as `wrk` sends them, ``open`` as `vllm bench serve` does, which streams every item.
-    """
+    plain: ServerModel
+    streamed: ServerModel | None
 
-    closed: ServerModel
-    open: ServerModel
+    def of(self, load: Load) -> ServerModel:
+        found = self.streamed if load.streamed else self.plain
+        assert found is not None, "it was fitted to all kinds of loads that there are"
+        return found
+
+    @property
+    def production(self) -> ServerModel:
+        """For a plan: plain answers, where their arrivals by chance were measured."""
+        return self.streamed or self.plain
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A measured load beside the model's word on it; milliseconds."""
+    """A measured load beside the model's word on it: medians of many runs, and of p99 where 90 % of them are; ms."""
 
     load: Load
     p50: float
     p99: float
+    p99_range: tuple[float, float]
 
     @property
     def off(self) -> tuple[float, float]:
@@ -42,75 +53,113 @@ class Comparison:
         return self.p50 / self.load.p50 - 1, self.p99 / self.load.p99 - 1
 
 
-def calibrate(curve: Curve, without: Load | None = None) -> Calibration:
-    """Fit the model to the curve, ``without`` one of its loads. Raises ``PlanError`` with too few rows."""
-    closed = [load for load in curve.closed if load is not without]
-    opened = [load for load in fitted_loads(curve) if load is not without]
+def calibrate(curve: Curve, without: Load | None = None, begin: Calibration | None = None) -> Calibration:
+    """Fit a server's times to its load curve, ``without`` one of the loads.
+
+    Closed loops and plain open loops have all times in common. Of a closed loop alone, the API processes' work cannot
+    be told from the rest, and is taken as known. Streamed loads have steps and API work of their own: engine and API
+    processes then share the host with clients that read every item.
+
+    Args:
+        begin: times that are near already.
+
+    Raises:
+        PlanError: too few rows.
+    """
+    used = [load for load in fitted_loads(curve) if load is not without]
+    closed, opened = [load for load in used if load.clients], [load for load in used if load.rate]
     if len(closed) < 2 or len(opened) < 2:
-        raise PlanError(f"{curve.cell}: needs two closed and two open loads, has {len(closed)} and {len(opened)}")
-    # in a closed loop everybody is in one step, and latency is nearly a line over the number of clients
-    request_ms, fixed_ms = np.polyfit([load.clients or 0 for load in closed], [load.p50 for load in closed], 1)
-    step_ms, rest_ms = 0.6 * max(1.0, fixed_ms), 0.2 * max(1.0, fixed_ms)
-    start = ServerModel(step_ms, float(request_ms), API_MS, rest_ms, curve.max_requests, curve.api_processes)
-    # in a closed loop, a step's constant part and the rest cannot be told from the API processes' work
-    of_closed = _fit(start, ("step_ms", "request_ms", "rest_ms"), closed)
-    of_open = _fit(replace(of_closed, api_ms=2 * API_MS), ("step_ms", "request_ms", "api_ms"), opened)
-    return Calibration(of_closed, of_open)
+        raise PlanError(
+            f"{curve.cell}: needs two closed and two open loads below {CLOSE:.0%} of its most requests/s, has "
+            f"{len(closed)} and {len(opened)}"
+        )
+    streamed = [load for load in opened if load.streamed]
+    plain = [load for load in opened if not load.streamed]
+    free = ("step_ms", "request_ms", "rest_ms", *(("api_ms", "pause_ms") if plain else ()))
+    found = _fit(begin.plain if begin else _first_guess(curve, bool(plain)), free, [*closed, *plain], begin is not None)
+    if not streamed or plain:
+        return Calibration(found, None)
+    start = begin.streamed if begin and begin.streamed else replace(found, api_ms=2 * API_MS, pause_ms=PAUSE_MS)
+    return Calibration(found, _fit(start, ("step_ms", "request_ms", "api_ms", "pause_ms"), streamed, begin is not None))
 
 
-def fitted_loads(curve: Curve) -> list[Load]:
-    """Open loads that are not close to the most the server can do: there, latency is the chance of a few seconds."""
-    most = max(load.requests_per_s for load in curve.closed)
-    return [load for load in curve.open if load.kept_up and (load.rate or 0) <= CLOSE * most]
+def _fit(start: ServerModel, names: Sequence[str], loads: Sequence[Load], near: bool) -> ServerModel:
+    """The model whose times ``names`` foretell p50 and p99 of the loads with the least squared log errors.
 
-
-def _fit(start: ServerModel, names: tuple[str, ...], loads: Sequence[Load]) -> ServerModel:
-    """The model whose times ``names`` foretell p50 and p99 of the loads with the least weighted squared log errors."""
+    Errors over a tenth count less than that: a row that something disturbed is not to pull the others along.
+    """
     from scipy.optimize import minimize
 
     def model(logs: np.ndarray) -> ServerModel:
         return replace(start, **dict(zip(names, np.exp(logs).tolist(), strict=True)))
 
     def error(logs: np.ndarray) -> float:
-        found = [_foretell(model(logs), load, seeds=1) for load in loads]
-        return sum(
-            weight * np.log1p(off) ** 2
-            for comparison in found
-            for weight, off in zip(WEIGHTS, comparison.off, strict=True)
-        )
+        tried = model(logs)  # with the same random numbers as all others
+        off = np.log([_percentiles_of(tried, load, seed=0) for load in loads]) - measured
+        return float((np.array(WEIGHTS) * (np.sqrt(1 + (off / TENTH) ** 2) - 1)).sum())
 
+    measured = np.log([(load.p50, load.p99) for load in loads])
     guess = np.log([getattr(start, name) for name in names])
-    simplex = np.vstack([guess, guess + 0.3 * np.eye(len(guess))])
-    best = minimize(error, guess, method="Nelder-Mead", options={"maxfev": TRIALS, "initial_simplex": simplex})
+    simplex = np.vstack([guess, guess + (0.1 if near else 0.3) * np.eye(len(guess))])
+    trials = (NEAR_TRIALS if near else TRIALS) * len(names)
+    best = minimize(error, guess, method="Nelder-Mead", options={"maxfev": trials, "initial_simplex": simplex})
     return model(best.x)
 
 
-def compare(curve: Curve) -> list[Comparison]:
-    """Every load that the server kept up with, foretold; an open one by a model fitted without it."""
-    together = calibrate(curve)
-    found = [_foretell(together.closed, load) for load in curve.closed]
-    loads = fitted_loads(curve)
-    for load in curve.open:
-        if load.kept_up:
-            apart = load in loads and len(loads) > 2
-            found.append(_foretell(calibrate(curve, without=load).open if apart else together.open, load))
+def _first_guess(curve: Curve, plain: bool) -> ServerModel:
+    """In a closed loop nearly everybody is in one step, and latency nearly a line over the number of clients."""
+    clients, latencies = zip(*((load.clients or 0, load.p50) for load in curve.closed), strict=True)
+    line = np.polyfit(clients, latencies, 1)
+    request_ms, fixed_ms = max(0.05, float(line[0])), max(1.0, float(line[1]))
+    processes, pause_ms = curve.api_processes, PAUSE_MS if plain else 0.0
+    return ServerModel(0.6 * fixed_ms, request_ms, API_MS, 0.2 * fixed_ms, pause_ms, curve.max_requests, processes)
+
+
+def fitted_loads(curve: Curve) -> list[Load]:
+    """But for open loads close to the most the server can do: there, latency is the chance of a few seconds."""
+    most = max((load.requests_per_s for load in curve.closed), default=0.0)
+    opened = [load for load in curve.open if load.kept_up and (load.rate or 0) <= CLOSE * most]
+    return [*curve.closed, *opened]
+
+
+def compare(curve: Curve, fitted: Calibration) -> list[tuple[Comparison, Comparison | None]]:
+    """Every load the server kept up with, foretold; and once more by a fit without it, if it is open and fitted."""
+    found: list[tuple[Comparison, Comparison | None]] = []
+    used = [load for load in fitted_loads(curve) if load.rate]
+    for load in kept_up(curve, fitted):
+        apart = None
+        if load in used and len(used) > 2:
+            apart = foretell(calibrate(curve, load, fitted).of(load), load)
+        found.append((foretell(fitted.of(load), load), apart))
     return found
 
 
-def fit_errors(curve: Curve, model: ServerModel) -> list[Comparison]:
+def kept_up(curve: Curve, fitted: Calibration) -> list[Load]:
+    """All loads but those that were too high; streamed ones too, unless plain ones stand for them."""
+    return [load for load in [*curve.closed, *curve.open] if load.kept_up and (fitted.streamed or not load.streamed)]
+
+
+def fit_errors(curve: Curve, fitted: Calibration) -> list[Comparison]:
     """The open loads beside the model that was fitted to them."""
-    return [_foretell(model, load) for load in curve.open if load.kept_up]
+    return [foretell(fitted.of(load), load) for load in kept_up(curve, fitted) if load.rate]
 
 
-def percentiles(latencies: Sequence[np.ndarray]) -> tuple[float, float]:
-    p50, p99 = np.percentile(np.concatenate(latencies), (50, 99))
+def foretell(model: ServerModel, load: Load) -> Comparison:
+    runs = np.array([_percentiles_of(model, load, seed) for seed in range(1, 1 + RUNS)])
+    p50, p99 = np.median(runs, axis=0).tolist()
+    low, high = np.percentile(runs[:, 1], (5, 95)).tolist()
+    return Comparison(load, p50, p99, (low, high))
+
+
+def percentiles(latencies: np.ndarray) -> tuple[float, float]:
+    p50, p99 = np.percentile(latencies, (50, 99))
     return float(p50), float(p99)
 
 
-def _foretell(model: ServerModel, load: Load, seeds: int = SEEDS) -> Comparison:
+def _percentiles_of(model: ServerModel, load: Load, seed: int) -> tuple[float, float]:
     """As long as it was measured, from an idle server on."""
+    requests = min(load.requests, MOST_SIMULATED)
     if load.clients:
-        return Comparison(load, *percentiles([closed_loop(model, load.clients, 20 * load.clients)]))
+        return percentiles(closed_loop(model, load.clients, max(20 * load.clients, requests // 4), seed))
     assert load.rate
-    found = [open_loop(model, load.rate, load.requests, seed) for seed in range(seeds)]
-    return Comparison(load, *percentiles(found))
+    return percentiles(open_loop(model, load.rate, requests, seed, connections=load.users))

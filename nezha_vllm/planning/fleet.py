@@ -90,8 +90,8 @@ def make_plan(results: Path, wanted: Wanted) -> Plan:
     _check(wanted)
     curve = choose(read_curves(results), wanted.model, wanted.beam_width, wanted.n)
     more, more_ms, assumptions = _adapt(results, wanted, curve)
-    fitted = calibrate(curve).open
-    model = replace(fitted, request_ms=fitted.request_ms + more)
+    fitted = calibrate(curve)
+    model = replace(fitted.production, request_ms=fitted.production.request_ms + more)
     hoped, *_ = capacity(model, curve, wanted.p99_ms, more_ms)
     margin = margin_of(fit_errors(curve, fitted), hoped)
     per_replica, p50, p99 = capacity(model, curve, wanted.p99_ms / margin, more_ms)
@@ -119,7 +119,7 @@ def capacity(
     high = max(load.rate or 0 for load in curve.open if load.kept_up)
 
     def at(rate: float) -> tuple[float, float]:
-        return percentiles([open_loop(model, rate, SIMULATED, seed=1, more_ms=more_ms)])
+        return percentiles(open_loop(model, rate, SIMULATED, seed=1, more_ms=more_ms))
 
     low = IDLE * high
     found = at(low)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VLLMS_STEP_TOKENS = 8192  # max_num_batched_tokens of vLLM 0.32 on an H100, where the settings name no other
+STEP_TOKENS = 4096  # max_num_batched_tokens where the settings name no other and every prompt fits (config_hook.py)
+OLDER_STEP_TOKENS = {"3fe91bed": 8192}  # by commit: vLLM's own
 FULL_STEP = 64  # requests of the fullest step of which the draft stage was measured
 
 
@@ -19,7 +20,10 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Load:
-    """One row. ``clients`` of a closed loop or the ``rate`` of Poisson arrivals; milliseconds, and requests/s."""
+    """One row. ``clients`` of a closed loop or the ``rate`` of Poisson arrivals; milliseconds, and requests/s.
+
+    ``users`` is how many connections the arrivals came over, None for one each. ``streamed``: item by item.
+    """
 
     clients: int | None
     rate: float | None
@@ -28,6 +32,8 @@ class Load:
     p99: float
     requests_per_s: float
     kept_up: bool
+    users: int | None = None
+    streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Curve:
     cell: Cell
     settings: str
     engine_tokens: int
-    commits: tuple[str, ...]
+    commit: str
+    date: str
     loads: tuple[Load, ...]
 
     @property
@@ -61,7 +68,8 @@ class Curve:
     @property
     def max_requests(self) -> int:
         """Most requests of a step."""
-        return min(256, int(self._flag("max-num-batched-tokens", VLLMS_STEP_TOKENS)) // self.engine_tokens)
+        default = max(OLDER_STEP_TOKENS.get(self.commit, STEP_TOKENS), self.engine_tokens)
+        return min(256, int(self._flag("max-num-batched-tokens", default)) // self.engine_tokens)
 
     @property
     def api_processes(self) -> int:
@@ -81,22 +89,28 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_curves(results: Path) -> list[Curve]:
-    """Curves over HTTP, without prefix-cache hits, clean rows only (no ``note`` but that a load was too high)."""
-    groups: dict[tuple[Cell, str], list[dict[str, Any]]] = {}
+    """Curves over HTTP of one commit each, the newest first, without prefix-cache hits.
+
+    Clean rows only: no errors, and no ``note`` but that a load was too high.
+    """
+    groups: dict[tuple[Cell, str, str], list[dict[str, Any]]] = {}
     for row in read_rows(results / "throughput.csv"):
         noted = bool(row["note"]) and not row["note"].startswith("fell behind")
-        if row["system"] == "nezha" and row["transport"] == "http" and not noted and row["errors"] == "0":
-            groups.setdefault((_cell(row), row["settings"]), []).append(row)
-    return [
+        served = row["system"] == "nezha" and row["transport"] == "http" and row["load"] in ("closed", "open")
+        if served and not noted and row["errors"] == "0" and row["prefix_caching"] == "False":
+            groups.setdefault((_cell(row), row["settings"], row["commit"]), []).append(row)
+    curves = [
         Curve(
             cell,
             settings,
             int(rows[0]["engine_tokens"]),
-            tuple(sorted({row["commit"] for row in rows})),
+            commit,
+            max(row["date"] for row in rows),
             tuple(_load(row) for row in rows),
         )
-        for (cell, settings), rows in groups.items()
+        for (cell, settings, commit), rows in groups.items()
     ]
+    return sorted(curves, key=lambda curve: curve.date, reverse=True)
 
 
 def milliseconds_a_token(results: Path, cell: Cell, tokens: int) -> float:
@@ -186,7 +200,7 @@ def choose(curves: Sequence[Curve], model: str, beam_width: int, n: int) -> Curv
             f"{there or 'none'}. Measure with `python -m benchmarks.throughput --model … --beams {beam_width}:{n} "
             "--rates auto`"
         )
-    return min(enough, key=lambda curve: (curve.cell.beam_width, curve.cell.n, curve.cell.prompt_tokens))
+    return min(enough, key=lambda curve: (curve.cell.beam_width, curve.cell.n, curve.cell.prompt_tokens))  # the newest
 
 
 def _cell(row: dict[str, Any]) -> Cell:
@@ -195,6 +209,7 @@ def _cell(row: dict[str, Any]) -> Cell:
 
 
 def _load(row: dict[str, Any]) -> Load:
+    users = re.search(r"([\d,]+) users", row["generator"])
     return Load(
         int(row["concurrency"]) if row["load"] == "closed" else None,
         float(row["request_rate"]) if row["load"] == "open" else None,
@@ -203,4 +218,6 @@ def _load(row: dict[str, Any]) -> Load:
         float(row["p99_ms"]),
         float(row["requests_per_s"]),
         not row["note"],
+        int(users[1].replace(",", "")) if users else None,
+        row["generator"].startswith("vllm bench"),
     )

@@ -2,7 +2,8 @@
 
 Times are milliseconds. A step takes ``step_ms`` and ``request_ms`` for each request in it; requests that arrive
 meanwhile wait for the next one. An API process is one core: it works on a request before the engine and after it, one
-thing at a time. Which API process gets an arrival is chance, as it is with connections that are opened at random.
+thing at a time, and once a second in the mean it pauses, as Python does to collect garbage: a client that reads answers
+in Python counts with it. Which API process gets an arrival is chance, as it is with connections that are opened at random.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+PAUSE_EVERY_MS = 1000.0  # in the mean, between two pauses of an API process
 BEFORE = 0.4  # share of an API process's work that comes before the engine
 
 
@@ -26,6 +28,7 @@ class ServerModel:
     request_ms: float
     api_ms: float
     rest_ms: float
+    pause_ms: float
     max_requests: int
     api_processes: int
 
@@ -42,10 +45,14 @@ class _Server:
     the latency that will then have been.
     """
 
-    def __init__(self, environment: Any, model: ServerModel, answered: Callable[[int, float, float], None]) -> None:
+    def __init__(
+        self, environment: Any, model: ServerModel, seed: int, answered: Callable[[int, float, float], None]
+    ) -> None:
         self.environment, self.model, self.answered = environment, model, answered
         self.waiting: deque[tuple[float, int, float]] = deque()
         self.free_at = [0.0] * model.api_processes
+        self.chance = np.random.default_rng((seed, 1))
+        self.pauses_at = self.chance.exponential(PAUSE_EVERY_MS, model.api_processes).tolist()
         self.work = environment.event()
         environment.process(self._engine())
 
@@ -58,9 +65,12 @@ class _Server:
 
     def _occupy(self, process: int, share: float) -> float:
         """Time from now until an API process has done its part of a request."""
-        now = self.environment.now
-        self.free_at[process] = max(self.free_at[process], now) + share * self.model.api_ms
-        return self.free_at[process] - now
+        begins = max(self.free_at[process], self.environment.now)
+        while self.pauses_at[process] <= begins:
+            begins = max(begins, self.pauses_at[process] + self.model.pause_ms)
+            self.pauses_at[process] += self.model.pause_ms + self.chance.exponential(PAUSE_EVERY_MS)
+        self.free_at[process] = begins + share * self.model.api_ms
+        return self.free_at[process] - self.environment.now
 
     def _wait(self, request: tuple[float, int, float]) -> None:
         self.waiting.append(request)
@@ -83,20 +93,28 @@ class _Server:
 
 
 def open_loop(
-    model: ServerModel, rate: float, requests: int, seed: int = 0, more_ms: np.ndarray | None = None
+    model: ServerModel,
+    rate: float,
+    requests: int,
+    seed: int = 0,
+    more_ms: np.ndarray | None = None,
+    connections: int | None = None,
 ) -> np.ndarray:
     """Latencies of Poisson arrivals at ``rate`` a second, from an idle server on.
 
-    ``more_ms`` are values to draw each request's extra time in a step from.
+    ``more_ms`` are values to draw each request's extra time in a step from. Of so many ``connections`` each keeps its
+    API process; None for a new one with every request.
     """
     import simpy
 
     generator = np.random.default_rng(seed)
     environment = simpy.Environment()
     latencies: list[float] = []
-    server = _Server(environment, model, lambda process, behind, latency: latencies.append(latency))
+    server = _Server(environment, model, seed, lambda process, behind, latency: latencies.append(latency))
     gaps = generator.exponential(1000 / rate, requests)
-    processes = generator.integers(model.api_processes, size=requests)
+    processes = generator.integers(model.api_processes, size=connections or requests)
+    if connections:
+        processes = generator.choice(processes, requests)
     more = np.zeros(requests) if more_ms is None else generator.choice(more_ms, requests)
 
     def arrive() -> Generator[Any, Any, None]:
@@ -109,10 +127,10 @@ def open_loop(
     return np.array(latencies)
 
 
-def closed_loop(model: ServerModel, clients: int, requests: int) -> np.ndarray:
+def closed_loop(model: ServerModel, clients: int, requests: int, seed: int = 0) -> np.ndarray:
     """Latencies of clients that send their next request when they have the answer to the last; the first are left out.
 
-    A client keeps its connection, and so its API process.
+    A client keeps its connection, and so its API process, which is the one that chance gave it.
     """
     import simpy
 
@@ -126,8 +144,8 @@ def closed_loop(model: ServerModel, clients: int, requests: int) -> np.ndarray:
             done.succeed()
         server.after(behind, lambda: server.receive(process))
 
-    server = _Server(environment, model, answered)
-    for client in range(clients):
-        server.receive(client % model.api_processes)
+    server = _Server(environment, model, seed, answered)
+    for process in np.random.default_rng(seed).integers(model.api_processes, size=clients).tolist():
+        server.receive(process)
     environment.run(until=done)
     return np.array(list(islice(latencies, 4 * clients, None)))
