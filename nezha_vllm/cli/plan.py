@@ -166,10 +166,10 @@ def _check(results: Path, console: object) -> None:
     for name in skipped:
         print(f"{name}: not checked, that takes two closed and two open loads")
     print(
-        f"\n✗: more than {GOOD:.0%} off. ~: every item streamed. 5-95 %: where p99 is in nine of ten runs as long as the "
-        "measured one.\nLeft out: p50 and p99 foretold by a fit without that load. Open loads over 85 % of the closed "
-        "loops' most requests/s, which\nhave nothing there, are not fitted: their queue does not settle within a "
-        "measurement."
+        f"\n✗: more than {GOOD:.0%} off. ~: every item streamed. 5-95 %: where p99 is in nine of ten runs as long as "
+        "the measured one. Left out: p50 and p99 foretold by a fit without that load. Open loads over 85 % of the "
+        "closed loops' most requests/s, which have nothing there, are not fitted: their queue does not settle within "
+        "a measurement."
     )
 
 

@@ -3,7 +3,8 @@
 Times are milliseconds. A step takes ``step_ms`` and ``request_ms`` for each request in it; requests that arrive
 meanwhile wait for the next one. An API process is one core: it works on a request before the engine and after it, one
 thing at a time, and once a second in the mean it pauses, as Python does to collect garbage: a client that reads answers
-in Python counts with it. Which API process gets an arrival is chance, as it is with connections that are opened at random.
+in Python counts with it. Which API process gets an arrival is chance, as it is with connections that
+are opened at random.
 """
 
 from __future__ import annotations
