@@ -19,6 +19,9 @@ from types import TracebackType
 from typing import IO
 
 STOP_SECONDS = 8.0
+# longer than clients and load balancers keep a connection that nobody uses, 60 s at most: whoever asks on one that is
+# just being closed loses the request, and vLLM's 5 s are shorter than a burst
+KEEP_ALIVE_SECONDS = 75
 _PR_SET_PDEATHSIG = 1
 
 
@@ -45,6 +48,7 @@ def command(checkpoint: str | os.PathLike[str], arguments: Sequence[str] = ()) -
 def environment(checkpoint: str | os.PathLike[str]) -> dict[str, str]:
     """This process's environment, with defaults that suit NEZHA where the user has set nothing."""
     variables = dict(os.environ)
+    variables.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(KEEP_ALIVE_SECONDS))
     if Path(checkpoint).is_dir():
         variables.setdefault("HF_HUB_OFFLINE", "1")
     return variables

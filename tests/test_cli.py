@@ -85,6 +85,14 @@ def test_arguments_of_the_user_win_over_those_of_serve() -> None:
     assert not parser.parse_args([*ours, "--no-disable-uvicorn-access-log"]).disable_uvicorn_access_log
 
 
+def test_connections_outlive_a_pause_of_60_seconds_unless_the_user_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert int(server.environment(tmp_path)["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) > 60
+    monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "7")
+    assert server.environment(tmp_path)["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "7"
+
+
 def test_serve_refuses_a_folder_that_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", str(tmp_path)]) == 2
     assert "config.json is missing; make one with `nezha train`" in capsys.readouterr().err

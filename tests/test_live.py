@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -21,8 +22,13 @@ import pytest
 from answers import assert_same_answer
 from conftest import BLOCK_SIZE
 
+from benchmarks.reliability import hangups
+from benchmarks.reliability.clients import Clients, Tally
+from benchmarks.reliability.kills import LONGEST, kill_under_load
+from benchmarks.reliability.questions import Questions
 from benchmarks.reliability.versions import Ranking, rankings, versions_of
 from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.client import prompt
 from nezha_vllm.server import Server, free_port
 from nezha_vllm.store import Store
 
@@ -40,6 +46,10 @@ class Live:
     folders: dict[str, Path]
     expected: dict[str, list[Ranking]]
     log: Path
+    server: Server
+
+    def questions(self, version: str) -> Questions:
+        return Questions([prompt(history) for history in HISTORIES], self.expected[version], N)
 
     def post(self, body: dict[str, Any], **headers: str) -> dict[str, Any]:
         data = json.dumps(body).encode()
@@ -81,14 +91,14 @@ def live(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         catalogue.save(folders[catalogue.version])
     store = Store(folder / "store")
     store.publish(folders["one"])
-    options = {"nezha": {"catalogue": str(store.folder), "catalogue_poll_seconds": POLL}}
+    options = {"nezha": {"catalogue": str(store.folder), "catalogue_poll_seconds": POLL, "max_concurrent_requests": 16}}
     arguments = ["--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--max-model-len", "1024"]
     arguments += ["--additional-config", json.dumps(options), "--api-server-count", "2"]
     log = folder / "log.txt"
     with Server(checkpoint, free_port(), arguments=arguments, log=log) as running:
         expected = rankings(checkpoint, catalogues, HISTORIES, N)
         running.wait_until_ready(timeout=400)
-        yield Live(running.url, store, folders, expected, log)
+        yield Live(running.url, store, folders, expected, log, running)
 
 
 @dataclass
@@ -215,3 +225,41 @@ def test_what_cannot_be_taken_up_is_refused_in_one_line_and_the_old_version_serv
     (live.store.folder / "CURRENT").write_bytes(good)
     live.publish("two")
     live.wait_for("two")
+
+
+def test_a_burst_beyond_the_limit_is_told_to_come_back_and_what_is_answered_is_right(live: Live) -> None:
+    async def burst() -> tuple[Tally, Tally]:
+        async with Clients(live.url, live.questions("two")) as clients:
+            tally, _ = await clients.open_loop(rate=3000, seconds=0.1)
+            return tally, await clients.closed_loop(8, 0.5)
+
+    live.publish("two")
+    live.wait_for("two")
+    during, behind = asyncio.run(burst())
+    assert not during.problems
+    assert during.outcomes.keys() == {"200", "503"}
+    assert not behind.problems
+    assert behind.outcomes.keys() == {"200"}
+
+
+def test_clients_that_leave_leave_nothing_behind(live: Live) -> None:
+    live.publish("two")
+    live.wait_for("two")
+    files = hangups.open_files(live.server.process.pid)
+    others, idle = asyncio.run(hangups.run(live.url, live.questions("two"), count=90, at_once=6))
+    assert not others.problems
+    assert others.outcomes.keys() == {"200"}
+    assert idle < 10
+    assert hangups.open_files(live.server.process.pid) <= files + 10
+    assert "Traceback" not in live.log.read_text(errors="replace")
+
+
+def test_a_killed_api_process_ends_the_server_and_nobody_waits_for_ever(live: Live) -> None:
+    """The last test of this server."""
+    live.publish("two")
+    live.wait_for("two")
+    tally, longest = asyncio.run(kill_under_load(live.server, live.questions("two"), "APIServer_0", clients=6))
+    assert longest < LONGEST
+    assert [problem for problem in tally.problems if not problem.startswith("status 5")] == []
+    assert tally.outcomes["200"]
+    assert live.server.process.poll() not in (None, 0)

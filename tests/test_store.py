@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import time
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +87,23 @@ def test_a_version_is_as_old_as_the_pointer_says(store, tmp_path):
     assert published_at(store.folder, "three") == 1
     (store.folder / CURRENT).write_text("{")
     assert published_at(store.folder, "three") == 1
+
+
+def test_a_clock_that_goes_back_a_year_changes_no_order(store, tmp_path, monkeypatch):
+    class Earlier(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) - timedelta(days=365)
+
+    monkeypatch.setattr("nezha_vllm.store.datetime", Earlier)
+    before = store.pointer().sequence
+    store.publish(saved(tmp_path / "three", range(31), version="three"), keep=2)
+    pointer = store.pointer()
+    assert (pointer.version, pointer.sequence) == ("three", before + 1)
+    assert published_at(store.folder, "three") < time.time() - 364 * 86400
+    assert sorted(store.names()) == ["one", "three", "two"]
+    store.publish(saved(tmp_path / "four", range(32), version="four"), keep=2)
+    assert sorted(store.names()) == ["four", "three", "two"], "the oldest goes, by the order of publication"
 
 
 def test_rollback_takes_a_version_by_name(store, tmp_path):

@@ -12,6 +12,7 @@ import aiohttp
 import numpy as np
 
 from benchmarks.reliability.questions import Questions
+from nezha_vllm.scrape import metrics_of
 
 PATIENCE = 120.0  # seconds; a request that takes longer counts as a hang
 
@@ -106,3 +107,9 @@ class Clients:
         last, tally.seconds = time.monotonic(), time.monotonic() - begun
         await asyncio.gather(*under_way)
         return tally, last
+
+
+def under_way(url: str) -> float:
+    """Requests that the engines of a server work on or have waiting. Raises ``ScrapeError``."""
+    scrape = metrics_of(url, timeout=30)
+    return sum(scrape.total(f"vllm:num_requests_{state}") or 0.0 for state in ("running", "waiting"))
