@@ -98,6 +98,20 @@ def test_serve_refuses_a_folder_that_is_no_checkpoint(tmp_path: Path, capsys: py
     assert "config.json is missing; make one with `nezha train`" in capsys.readouterr().err
 
 
+def test_a_server_that_ends_by_itself_has_failed_also_with_status_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nezha_vllm.cli.checks.check_checkpoint", lambda folder: None)
+    monkeypatch.setattr(server, "command", lambda *_: [sys.executable, "-c", ""])
+    monkeypatch.setattr(server.Server, "wait_until_ready", lambda self: 0.0)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main(["serve", str(tmp_path), "--port", str(server.free_port())]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "ended by itself with status 0" in capsys.readouterr().out
+
+
 def test_recommend_without_a_server_says_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:
     url = f"http://127.0.0.1:{server.free_port()}"
     assert cli.main(["recommend", "--history", "1", "--url", url]) == 2

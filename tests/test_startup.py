@@ -129,6 +129,7 @@ def test_draft_head_of_another_shape(broken: Path, capfd: pytest.CaptureFixture[
         ({"additional_config": {"nezha": {"beam_widht": 5}}}, "beam_widht"),
         ({"additional_config": {"nezha": {"beam_width": 9, "max_beam_width": 5}}}, "max_beam_width"),
         ({"additional_config": {"nezha": {"validity": "always"}}}, "validity"),
+        ({"additional_config": {"nezha": {"max_concurrent_requests": -1}}}, "max_concurrent_requests"),
     ],
 )
 def test_flags_that_cannot_work(checkpoint: Path, options: dict[str, Any], flag: str) -> None:

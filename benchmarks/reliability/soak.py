@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.reliability.processes import resident_bytes
+from benchmarks.reliability.start import parser, split
 from benchmarks.reliability.versions import Ranking, difference, rankings, versions_of
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.server import Server, free_port
@@ -86,7 +87,8 @@ class Soak:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments, vllm_args = _parse(list(sys.argv[1:] if argv is None else argv))
+    own, vllm_args = split(sys.argv[1:] if argv is None else argv)
+    arguments = _parse(own)
     with tempfile.TemporaryDirectory(prefix="nezha-soak-") as folder:
         return run(arguments, vllm_args, Path(folder))
 
@@ -162,23 +164,15 @@ def _report(soak: Soak, swaps: Sequence[float], told: Sequence[str], memory: Seq
     return 1 if soak.problems or results["refused"] else 0
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Everything behind -- goes to vLLM: … -- --api-server-count 2",
-    )
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint with a catalogue in it")
-    parser.add_argument("--requests", type=int, default=10**9, help="stop after so many")
-    parser.add_argument("--seconds", type=float, default=300.0, help="or after so long (default %(default)s)")
-    parser.add_argument("--swap-every", type=float, default=10.0, metavar="S", help="default %(default)s")
-    parser.add_argument("--poll", type=float, default=1.0, metavar="S", help="the server's (default %(default)s)")
-    parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--histories", type=int, default=64, help="different prompts (default %(default)s)")
-    parser.add_argument("--n", type=int, default=10, help="items of an answer (default %(default)s)")
-    parser.add_argument("--keep-log", type=Path, metavar="FILE", help="where the server's log goes")
-    cut = argv.index("--") if "--" in argv else len(argv)
-    return parser.parse_args(argv[:cut]), argv[cut + 1 :]
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    found = parser(__doc__)
+    found.add_argument("--requests", type=int, default=10**9, help="stop after so many")
+    found.add_argument("--seconds", type=float, default=300.0, help="or after so long (default %(default)s)")
+    found.add_argument("--swap-every", type=float, default=10.0, metavar="S", help="default %(default)s")
+    found.add_argument("--poll", type=float, default=1.0, metavar="S", help="the server's (default %(default)s)")
+    found.add_argument("--clients", type=int, default=4)
+    found.add_argument("--keep-log", type=Path, metavar="FILE", help="where the server's log goes")
+    return found.parse_args(argv)
 
 
 if __name__ == "__main__":

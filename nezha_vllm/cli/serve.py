@@ -67,7 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
                 "Ctrl-C stops the server.\n",
                 flush=True,
             )
-            return server.process.wait()
+            status = server.process.wait()
+            # nobody asked it to; vLLM's own status is 0 when its engine has died, which no supervisor would start again
+            print(f"nezha serve: the server ended by itself with status {status}; the reason stands above")
+            return status or 1
     except KeyboardInterrupt:
         print("nezha serve: stopped")
         return 0
