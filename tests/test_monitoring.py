@@ -10,7 +10,9 @@ import urllib.request
 from pathlib import Path
 from types import ModuleType
 
+import promql_parser
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -55,6 +57,17 @@ def test_the_dashboard_shows_every_metric_of_ours(dashboard: ModuleType) -> None
     Metrics(registry)
     for family in registry.collect():
         assert any(name.startswith(family.name) for name in dashboard.metrics()), family.name
+
+
+def test_every_query_of_the_dashboard_and_the_alerts_is_promql(dashboard: ModuleType) -> None:
+    groups = yaml.safe_load((FOLDER / "alerts.yml").read_text(encoding="utf-8"))["groups"]
+    of_alerts = [rule["expr"] for group in groups for rule in group["rules"]]
+    queries = [query for _, query in dashboard.queries()] + of_alerts
+    assert len(queries) > 20
+    for query in queries:
+        promql_parser.parse(query)
+        with pytest.raises(ValueError, match="promql"):
+            promql_parser.parse(query + " by")
 
 
 @pytest.mark.slow
