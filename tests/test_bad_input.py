@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
+import urllib.error
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +23,7 @@ from nezha_vllm.frontend.body_limit import MAX_BODY, limited
 from nezha_vllm.frontend.completions import MAX_ITEMS, check_batch
 from nezha_vllm.frontend.options import OPTIONS, check_search
 from nezha_vllm.frontend.prompts import CHARACTERS_A_TOKEN, expand_items
+from nezha_vllm.frontend.request_shape import check_shape
 from nezha_vllm.frontend.rules import read_rules
 from nezha_vllm.frontend.service import Service
 
@@ -109,6 +113,65 @@ def test_prompts_times_items_have_a_limit(prompt: list[Any]) -> None:
     check_batch([1] * 1_000, MAX_ITEMS)  # the token ids of one prompt
     with pytest.raises(VLLMValidationError, match="lower n"):
         check_batch(prompt, MAX_ITEMS // 100 + 1)
+
+
+MANY = 2_000
+COSTLY: list[tuple[str, dict[str, Any]]] = [
+    ("prompt", {"prompt": [1.5] * MANY}),
+    ("prompt", {"prompt": [{}] * MANY}),
+    ("prompt", {"prompt": ["a"] * MANY}),
+    ("prompt", {"prompt": [[1]] * MANY}),
+    ("prompt", {"prompt": [*[1] * MANY, "a"]}),
+    ("prompt", {"prompt": [["a"] * MANY]}),
+    ("prompt", {"prompt": [[1], ["a"]] * 50}),
+    ("exclude_items", {"prompt": "a", "vllm_xargs": {"exclude_items": [{}] * MANY}}),
+    ("allow_items", {"prompt": "a", "vllm_xargs": {"allow_items": {str(i): i for i in range(MANY)}}}),
+    ("vllm_xargs", {"prompt": "a", "vllm_xargs": [1] * MANY}),
+    ("vllm_xargs", {"prompt": "a", "vllm_xargs": {str(i): i for i in range(MANY)}}),
+    ("stop_token_ids", {"prompt": "a", "stop_token_ids": ["x"] * MANY}),
+    ("other", {"prompt": "a", "other": [[[0] * 40] * 40]}),
+    ("body", {str(i): i for i in range(MANY)}),
+]
+
+
+@pytest.mark.parametrize(("parameter", "body"), COSTLY)
+def test_what_would_be_costly_to_validate_is_refused_before(parameter: str, body: dict[str, Any]) -> None:
+    with pytest.raises(VLLMValidationError) as caught:
+        check_shape(json.dumps(body).encode())
+    assert caught.value.parameter == parameter
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"prompt": [5] * 100_000},
+        {"prompt": ["a"] * 1_024},
+        {"prompt": [[5] * 1_000] * 1_024},
+        {"prompt": [1.5, "a", [], {}]},
+        {"prompt": "a", "vllm_xargs": {"exclude_items": ["a", 1] * 32_768, "allow_items": []}},
+        {"prompt": "a", "stop": ["x"] * 4, "logit_bias": {"1": 2}},
+    ],
+    ids=lambda body: str(body)[:30],
+)
+def test_every_request_that_can_be_answered_and_short_ones_are_left_alone(body: dict[str, Any]) -> None:
+    check_shape(json.dumps(body).encode())
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"[" * 100_000, b"\xff", b"NaN"])
+def test_what_is_no_json_object_is_left_to_fastapi(body: bytes) -> None:
+    check_shape(body)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("parameter", "body"), COSTLY)
+def test_a_server_refuses_it_as_well(server: str, parameter: str, body: dict[str, Any]) -> None:
+    request = urllib.request.Request(f"{server}/v1/completions", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    with pytest.raises(urllib.error.HTTPError, match="400") as caught:
+        urllib.request.urlopen(request, timeout=30)
+    assert json.loads(caught.value.read())["error"]["param"] == parameter
 
 
 @pytest.mark.slow

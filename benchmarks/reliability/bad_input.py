@@ -186,6 +186,14 @@ def damaged(known: Known) -> SearchStrategy[Sent]:
         st.integers(0, 200),
         st.binary(min_size=1, max_size=6),
     )
+    many = st.builds(
+        lambda field, value, count: (
+            f'{{"prompt": "<item:{known.items[0]}>", {field % ",".join([value] * count)}}}'.encode()
+        ),
+        st.sampled_from(('"prompt": [%s]', '"vllm_xargs": {"exclude_items": [%s]}', '"stop": [%s]', '"other": [[%s]]')),
+        st.sampled_from(("1.5", "{}", "null", '"x"', "[1]", "true", "1")),
+        st.sampled_from((60, 70, 1_000, 1_100, 30_000)),
+    )
     depth = st.sampled_from((50, 900, 1_100, 5_000, 100_000))
     nested = st.builds(
         lambda field, deep, pair: (
@@ -200,7 +208,7 @@ def damaged(known: Known) -> SearchStrategy[Sent]:
         st.sampled_from(("n", "seed", "max_tokens", "top_p", "other")),
         st.sampled_from((20, 400, 4_300, 4_301, 100_000)),
     )
-    bytes_ = st.one_of(cut, overwritten, nested, digits, st.binary(max_size=40), st.builds(encode, json_values()))
+    bytes_ = st.one_of(cut, overwritten, many, nested, digits, st.binary(max_size=40), st.builds(encode, json_values()))
     return bytes_.map(lambda body: (COMPLETIONS, body))
 
 

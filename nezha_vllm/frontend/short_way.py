@@ -31,6 +31,7 @@ from nezha_vllm.frontend.disconnect import unless_disconnected
 from nezha_vllm.frontend.options import Plan, check_search, engine_params
 from nezha_vllm.frontend.outcome import Outcome
 from nezha_vllm.frontend.renderer import NezhaRenderer
+from nezha_vllm.frontend.request_shape import check_shape
 from nezha_vllm.frontend.response_body import ResponseBody
 from nezha_vllm.frontend.rules import read_rules
 from nezha_vllm.frontend.service import one_request
@@ -143,7 +144,7 @@ class CompletionsRoute(APIRoute):
             await super().handle(scope, limited(receive), send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        long_way = super().get_route_handler()
+        long_way = _checked(super().get_route_handler())
 
         async def answer(request: Request) -> Response:
             way = _way(request)
@@ -163,6 +164,25 @@ class CompletionsRoute(APIRoute):
                 return JSONResponse(None) if response is None else response  # nobody reads it
 
         return answer
+
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+def _checked(long_way: Handler) -> Handler:
+    """vLLM's handler behind a look at the size of what it would validate."""
+
+    async def answer(request: Request) -> Response:
+        state = request.app.state
+        if isinstance(getattr(getattr(state, "engine_client", None), "renderer", None), NezhaRenderer):
+            try:
+                check_shape(await request.body())
+            except VLLMValidationError as error:
+                refusal = state.openai_serving_completion.create_error_response(error)
+                return JSONResponse(refusal.model_dump(), refusal.error.code)
+        return await long_way(request)
+
+    return answer
 
 
 def _is_common(request: Request) -> bool:
