@@ -37,6 +37,8 @@ from nezha_vllm.frontend.rules import read_rules
 from nezha_vllm.frontend.service import one_request
 from nezha_vllm.frontend.tracing import traces
 
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
 # headers and settings of a server that change what vLLM's handler does
 LONG_WAY_HEADERS = {
     b"endpoint-load-metrics-format", b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority",
@@ -143,7 +145,7 @@ class CompletionsRoute(APIRoute):
         with one_request():
             await super().handle(scope, limited(receive), send)
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    def get_route_handler(self) -> Handler:
         long_way = _checked(super().get_route_handler())
 
         async def answer(request: Request) -> Response:
@@ -164,9 +166,6 @@ class CompletionsRoute(APIRoute):
                 return JSONResponse(None) if response is None else response  # nobody reads it
 
         return answer
-
-
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 def _checked(long_way: Handler) -> Handler:
