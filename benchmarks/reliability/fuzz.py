@@ -3,8 +3,9 @@
 `python -m benchmarks.reliability.fuzz --model DIR --requests 100000`
 
 Of twenty, twelve come from the grammar of prompts and options, five from the server's own OpenAPI description by way of
-schemathesis, and three are bytes that were JSON once. Behind every round of requests a good one is asked, and must be
-answered as at first. Prints statuses, what was wrong, and the memory of each process.
+schemathesis, and three are bytes that were JSON once; those of the first two kinds are also mixed with each other.
+Behind every round of requests a good one is asked, and must be answered as at first. Prints statuses, what was wrong,
+and the memory of each process.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.server import Server, free_port
 
 PARTS = (*[GRAMMAR] * 12, *[OPENAPI] * 4, *[DAMAGED] * 3, OTHERS)  # those of other routes take longest to make
-ROUND = 250  # requests of one process between two looks at the memory
+ROUND = 100  # generated requests of one process between two looks at the memory
 SEGMENTS = {"odd": 2, "in stock": 3}  # without every second, every third item
 ITEMS = 500  # that prompts and rules are made of
 
@@ -84,15 +85,15 @@ def rounds(port: int, known: Known, arguments: argparse.Namespace) -> Iterator[F
     """What each round has found, as they come to an end."""
     expected = good_answer(Client(port, known), known)
     with ProcessPoolExecutor(arguments.clients, multiprocessing.get_context("spawn")) as pool:
-        seeds = range(arguments.seed, arguments.seed + -(-arguments.requests // ROUND))
         under_way: set[Future[Found]] = set()
-        for seed in seeds:
-            under_way.add(pool.submit(fuzz, port, known, PARTS[seed % len(PARTS)], seed, ROUND, expected))
-            while len(under_way) > 2 * arguments.clients:
-                done = next(as_completed(under_way))
-                under_way.remove(done)
-                yield done.result()
-        for done in as_completed(under_way):
+        asked, seed = 0, arguments.seed
+        while asked < arguments.requests or under_way:
+            while len(under_way) < 2 * arguments.clients and asked < arguments.requests:
+                under_way.add(pool.submit(fuzz, port, known, PARTS[seed % len(PARTS)], seed, ROUND, expected))
+                seed += 1
+            done = next(as_completed(under_way))
+            under_way.remove(done)
+            asked += done.result().requests
             yield done.result()
 
 

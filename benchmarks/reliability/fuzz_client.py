@@ -14,11 +14,13 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
 from benchmarks.reliability.bad_input import COMPLETIONS, INVOCATIONS, Known, Sent, by_grammar, damaged, encode
+from benchmarks.reliability.mixtures import Mixtures
 from benchmarks.reliability.schema_input import completions, other_routes
 from benchmarks.reliability.versions import Ranking, difference
 
 OPENAPI, OTHERS, GRAMMAR, DAMAGED = "OpenAPI", "OpenAPI of other routes", "prompts and options", "damaged JSON"
 GOOD_N = 10
+MIXTURES = 3  # of each generated request: they take no time to make
 
 
 @dataclass
@@ -129,14 +131,23 @@ class Client:
 
 
 def fuzz(port: int, known: Known, part: str, number: int, count: int, expected: Ranking) -> Found:
-    """Send ``count`` requests of a part, the same for the same ``number``; then a good one, which has one answer."""
+    """Send ``count`` requests of a part and mixtures of them, the same for the same ``number``.
+
+    Then a good one, which has one answer, ``expected``.
+    """
     client = Client(port, known)
     if part in (OPENAPI, OTHERS):
         description = client.send("/openapi.json", b"", "GET")[2]
         strategy = completions(description, known) if part == OPENAPI else other_routes(description, known)
     else:
         strategy = by_grammar(known) if part == GRAMMAR else damaged(known)
-    _for_each(strategy, number, count, lambda sent: client.ask(part, *sent))
+    mixtures = Mixtures(number, 0 if part in (DAMAGED, OTHERS) else MIXTURES)
+
+    def ask(sent: Sent) -> None:
+        for one in mixtures.of(sent):
+            client.ask(part, *one)
+
+    _for_each(strategy, number, count, ask)
     try:
         wrong = difference(good_answer(client, known), expected)
     except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
@@ -154,7 +165,7 @@ def good_answer(client: Client, known: Known) -> Ranking:
     return [(choice["text"], choice["score"]) for choice in answer["choices"]]
 
 
-def _for_each(strategy: SearchStrategy[Sent], number: int, count: int, do: Callable[[Sent], Any]) -> None:
+def _for_each(strategy: SearchStrategy[Sent], number: int, count: int, do: Callable[[Sent], None]) -> None:
     """Without hypothesis's own stop at the first problem: all of them are wanted, and none made smaller."""
 
     @seed(number)
