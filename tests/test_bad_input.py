@@ -131,6 +131,7 @@ COSTLY: list[tuple[str, dict[str, Any]]] = [
     ("stop_token_ids", {"prompt": "a", "stop_token_ids": ["x"] * MANY}),
     ("other", {"prompt": "a", "other": [[[0] * 40] * 40]}),
     ("body", {str(i): i for i in range(MANY)}),
+    ("structured_outputs", {"prompt": "a", "structured_outputs": "regex"}),  # an AttributeError in vLLM 0.32
 ]
 
 

@@ -38,6 +38,27 @@ def install() -> None:
             setattr(owner, name, classmethod(wrapped) if isinstance(original, classmethod) else wrapped)
             _INSTALLED.add((owner, name))
     shorten(route)
+    _check_invocations()
+
+
+def _check_invocations() -> None:
+    """Amazon SageMaker's name for /v1/completions: made anew for each application, and not by a router."""
+    from vllm.entrypoints.serve.sagemaker import api_router
+
+    from nezha_vllm.frontend.checked_route import CheckedRoute, use
+
+    original = api_router.attach_router
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def attach_router(app: Any, *args: Any, **kwargs: Any) -> None:
+        original(app, *args, **kwargs)
+        for route in app.routes:
+            if isinstance(route, APIRoute) and route.path == "/invocations":
+                use(route, CheckedRoute)
+
+    api_router.attach_router = attach_router
 
 
 def completions_route() -> APIRoute:
@@ -211,10 +232,12 @@ def _create_completion(original: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse what cannot work before a stream is opened, so that it is a 400 and not an event."""
     from vllm.exceptions import VLLMValidationError
 
+    from nezha_vllm.frontend.checked_route import reached
     from nezha_vllm.frontend.completions import prepare
     from nezha_vllm.frontend.options import make_plan
 
     async def create_completion(self: Any, request: Any, raw_request: Any = None) -> Any:
+        reached(raw_request)
         service = service_of(self.model_config)
         if service is None:
             return await original(self, request, raw_request)

@@ -7,6 +7,7 @@ nobody, and 1 GB of memory.
 from __future__ import annotations
 
 import json
+from types import NoneType
 from typing import Any
 
 from vllm import envs
@@ -28,6 +29,8 @@ def check_shape(body: bytes) -> None:
         return
     _check_prompt(fields.pop("prompt", None))
     _check_options(fields.pop("vllm_xargs", None))
+    if not isinstance(fields.get("structured_outputs", {}), (dict, NoneType)):  # vLLM takes any other for an object
+        raise bad_request("structured_outputs", "structured_outputs has no meaning for catalogue items; leave it out")
     if len(fields) > MOST:
         raise bad_request("body", f"the request has {len(fields)} fields; send at most {MOST}")
     for name, value in fields.items():

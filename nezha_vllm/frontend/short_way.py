@@ -8,13 +8,12 @@ field, a header, a text for the tokenizer, an error to report) goes to vLLM's ha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute, request_response
+from fastapi.routing import APIRoute
 from msgspec import Meta
 from starlette.requests import ClientDisconnect
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -26,18 +25,15 @@ from vllm.utils import random_uuid
 
 from nezha_vllm.frontend import metrics
 from nezha_vllm.frontend.admission import Admission
-from nezha_vllm.frontend.body_limit import limited
+from nezha_vllm.frontend.checked_route import CheckedRoute, Handler, use
 from nezha_vllm.frontend.disconnect import unless_disconnected
 from nezha_vllm.frontend.options import Plan, check_search, engine_params
 from nezha_vllm.frontend.outcome import Outcome
 from nezha_vllm.frontend.renderer import NezhaRenderer
-from nezha_vllm.frontend.request_shape import check_shape
 from nezha_vllm.frontend.response_body import ResponseBody
 from nezha_vllm.frontend.rules import read_rules
 from nezha_vllm.frontend.service import one_request
 from nezha_vllm.frontend.tracing import traces
-
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 # headers and settings of a server that change what vLLM's handler does
 LONG_WAY_HEADERS = {
@@ -128,8 +124,8 @@ class ShortWay:
         return JSONResponse(response.model_dump())
 
 
-class CompletionsRoute(APIRoute):
-    """FastAPI's route with the short way in front, and outcomes counted behind."""
+class CompletionsRoute(CheckedRoute):
+    """vLLM's route with the short way in front, and outcomes counted behind."""
 
     async def handle(self, scope: Any, receive: Any, send: Any) -> None:
         counted = metrics.active()
@@ -143,10 +139,10 @@ class CompletionsRoute(APIRoute):
 
     async def _handle(self, scope: Any, receive: Any, send: Any) -> None:
         with one_request():
-            await super().handle(scope, limited(receive), send)
+            await super().handle(scope, receive, send)
 
     def get_route_handler(self) -> Handler:
-        long_way = _checked(super().get_route_handler())
+        long_way = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
             way = _way(request)
@@ -166,22 +162,6 @@ class CompletionsRoute(APIRoute):
                 return JSONResponse(None) if response is None else response  # nobody reads it
 
         return answer
-
-
-def _checked(long_way: Handler) -> Handler:
-    """vLLM's handler behind a look at the size of what it would validate."""
-
-    async def answer(request: Request) -> Response:
-        state = request.app.state
-        if isinstance(getattr(getattr(state, "engine_client", None), "renderer", None), NezhaRenderer):
-            try:
-                check_shape(await request.body())
-            except VLLMValidationError as error:
-                refusal = state.openai_serving_completion.create_error_response(error)
-                return JSONResponse(refusal.model_dump(), refusal.error.code)
-        return await long_way(request)
-
-    return answer
 
 
 def _is_common(request: Request) -> bool:
@@ -215,6 +195,4 @@ def _to_the_front(request: Request) -> None:
 
 def shorten(route: APIRoute) -> None:
     """Put the short way in front of a route's handler, and of every application's that includes the route later."""
-    if not isinstance(route, CompletionsRoute):
-        route.__class__ = CompletionsRoute
-        route.app = request_response(route.get_route_handler())
+    use(route, CompletionsRoute)
