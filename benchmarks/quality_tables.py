@@ -2,7 +2,7 @@
 
 python -m benchmarks.quality_tables                                        to the terminal
 python -m benchmarks.quality_tables --ranks work/ranks                     with NEZHA's distance from each
-python -m benchmarks.quality_tables --document docs/quality.md             between that page's marks
+python -m benchmarks.quality_tables --document docs/quality.md             between that page's marks, and its picture
 
 Figures are means over seeds (lowest – highest). Intervals are those of a paired bootstrap over users, each with the
 mean of its seeds; a seed counts if both methods have it.
@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.markdown import table
+from benchmarks.quality_curves import curve_rows, curve_table, draw_curve, search_table
 from benchmarks.quality_plan import CURVE, PARTS_OF_A_RUN
 from benchmarks.rows import RESULTS
 from benchmarks.tables import fill
@@ -166,20 +167,35 @@ def make(results: Sequence[Result], ranks: Path | None) -> str:
     return "\n\n".join(parts)
 
 
+def draw(rows: Sequence[Mapping[str, str]], document: Path) -> Path:
+    """The picture of the beam widths, among the document's images."""
+    from benchmarks.plots import STYLE, plt, save
+
+    with plt.rc_context(STYLE):
+        return save(draw_curve(rows), document.parent / "images" / "quality-widths.svg")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS / "quality.csv", metavar="FILE")
     parser.add_argument("--split", choices=("test", "valid"), default="test")
     parser.add_argument("--ranks", type=Path, metavar="DIR", help="WORK/ranks of benchmarks.quality, for intervals")
-    parser.add_argument("--document", type=Path, metavar="FILE", help="write between its marks named quality")
+    parser.add_argument("--document", type=Path, metavar="FILE", help="write all of it between its marks, and draw")
     arguments = parser.parse_args(argv)
     if not arguments.results.is_file():
         parser.error(f"no results at {arguments.results}; make them with python -m benchmarks.quality")
-    text = make(read(arguments.results, arguments.split), arguments.ranks)
     if arguments.document:
-        print(f"{arguments.document.name}: {', '.join(fill(arguments.document, {'quality': text})) or 'no marks'}")
+        found, curve = read(arguments.results), curve_rows(arguments.results)
+        tables = {
+            "quality": make(found, arguments.ranks),
+            "quality-widths": curve_table(curve),
+            "quality-search": search_table(read(arguments.results, "valid")),
+        }
+        print(f"{arguments.document.name}: {', '.join(fill(arguments.document, tables)) or 'no marks'}")
+        if curve:
+            print(draw(curve, arguments.document))
     else:
-        print(text)
+        print(make(read(arguments.results, arguments.split), arguments.ranks))
     return 0
 
 

@@ -80,11 +80,15 @@ def test_a_plan_runs_from_raw_files_to_tables(places, tmp_path, capsys):
     gap = next(line for line in lines if line.startswith("| popularity | tiny | 2 |"))
     theirs = next(one for one in results if one.method == "popularity").number("hit@10")
     assert f"{mean - theirs:+.4f} (" in gap
-    (tmp_path / "page.md").write_text("<!-- benchmarks:quality begin -->\nold\n<!-- benchmarks:quality end -->\n")
+    marks = ("quality", "quality-widths", "quality-search")
+    page = "".join(f"<!-- benchmarks:{mark} begin -->\nold\n<!-- benchmarks:{mark} end -->\n" for mark in marks)
+    (tmp_path / "page.md").write_text(page)
     capsys.readouterr()
     quality_tables.main(["--results", str(places.results), "--document", str(tmp_path / "page.md")])
     assert "### ring" in (tmp_path / "page.md").read_text()
     assert "old" not in (tmp_path / "page.md").read_text()
+    assert "| ring | 5 | " in (tmp_path / "page.md").read_text()
+    assert (tmp_path / "images" / "quality-widths.svg").is_file()
     # measured is measured, also where nothing but the results was kept
     shutil.rmtree(places.work / "models")
     assert not any(remaining(job, finished_runs(places.results)) for job in jobs)
