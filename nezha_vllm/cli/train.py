@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--max-history", int, "max_history", "items of history, in training and evaluation")
     option("--dropout", float, "dropout", "dropout of embeddings and blocks; with a backbone 0")
     option("--item-dropout", float, "item_dropout", "share of history items blotted out; with a backbone 0")
+    option("--head-dropout", float, "head_dropout", "dropout of code embeddings and of what the heads' outputs read")
     option("--label-smoothing", float, "label_smoothing", "share of the loss spread over all codes")
     option("--patience", int, "patience", "stop after so many validations without a better one; 0: never")
     option(

@@ -17,7 +17,7 @@ from nezha_vllm.training.evaluation import HeldOut
 from nezha_vllm.training.metrics import ndcg
 from nezha_vllm.training.options import TrainingOptions
 from nezha_vllm.training.packing import PackedCollator, Segments
-from nezha_vllm.training.regularise import add_dropout
+from nezha_vllm.training.regularise import add_dropout, add_head_dropout
 from nezha_vllm.training.resume import identity, resumable
 from nezha_vllm.training.trainer import EpochLine, NezhaTrainer
 
@@ -56,6 +56,7 @@ def fit(
     device = arguments.device
     collator = PackedCollator(model.config, options.max_history, tuple(prefix), options.item_dropout, device)
     add_dropout(model, options.dropout)
+    add_head_dropout(model, options.head_dropout)
     model.label_smoothing = options.label_smoothing
 
     ask: dict[str, Any] = {"max_history": options.max_history, "prefix": prefix}

@@ -19,6 +19,7 @@ class TrainingOptions:
     max_history: int = 20
     dropout: float = 0.1
     item_dropout: float = 0.2
+    head_dropout: float = 0.0
     label_smoothing: float = 0.0
     patience: int = 0
     validate_every: int = 1
@@ -31,7 +32,7 @@ class TrainingOptions:
                 raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"the learning rate must be positive, got {self.learning_rate}")
-        for name in ("dropout", "item_dropout", "label_smoothing", "warmup"):
+        for name in ("dropout", "item_dropout", "head_dropout", "label_smoothing", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', ' ')} must be in [0, 1), got {getattr(self, name)}")
         if self.select not in ("loss", "ndcg@10"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -18,6 +19,28 @@ def add_dropout(model: nn.Module, rate: float) -> None:
     outputs = [block for layer in backbone.layers for block in (layer.self_attn.o_proj, layer.mlp.down_proj)]
     for module in (backbone.embed_tokens, *outputs):
         module.register_forward_hook(lambda module, _, output: _drop(output, rate) if module.training else output)
+
+
+def add_head_dropout(model: nn.Module, rate: float) -> None:
+    """Drop features, target by target, of the draft head's code embeddings and of what its output layers read.
+
+    The codes of a target reach its later levels past every block of the backbone, so ``add_dropout`` does not stop the
+    head from learning targets by heart. The language model has no head; its codes pass through the blocks.
+    """
+    head = getattr(model, "draft_head", None)
+    if rate == 0 or head is None:
+        return
+
+    def embedded(module: nn.Module, _: object, output: Tensor) -> Tensor:
+        return F.dropout(output, rate, module.training)
+
+    def read(module: nn.Module, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(F.dropout(values, rate, module.training) for values in features)
+
+    for embedding in head.code_embeddings:
+        embedding.register_forward_hook(embedded)
+    for output_layer in head.logit_heads:
+        output_layer.register_forward_pre_hook(read)
 
 
 def _drop(values_NQH: Tensor, rate: float) -> Tensor:
