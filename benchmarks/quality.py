@@ -111,9 +111,15 @@ class Runner:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}) | {"PYTHONPATH": _python_path()},
+                env=self._environment(gpu),
             )
         return Running(job, process, gpu, path, time.monotonic())
+
+    def _environment(self, gpu: str) -> dict[str, str]:
+        """Each process has its share of the cores: as many threads as there are cores, in each, wait for each other."""
+        threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.processes))}
+        chosen = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+        return threads | os.environ | chosen | {"PYTHONPATH": _python_path()}
 
     def _end(self, ended: Running) -> str:
         """What is said of a job whose process has ended."""

@@ -113,7 +113,8 @@ def preparations(plan: Plan, places: Places) -> list[Job]:
 def runs(plan: Plan, places: Places) -> list[Job]:
     """One job a model: its training and evaluation. NEZHA-4 is an evaluation of NEZHA's checkpoint.
 
-    In the plan's order; of each subset all data sets come with the first seed, then all with the second, so that a plan
+    Baselines are a job behind the model that they are measured with, beam widths come last of all. Models are in the
+    plan's order; of each subset all data sets come with the first seed, then all with the second, so that a plan
     that is stopped early still compares.
     """
     wanted: dict[tuple, None] = {}
@@ -122,10 +123,16 @@ def runs(plan: Plan, places: Places) -> list[Job]:
         for seed, dataset, model, method in itertools.product(seeds, datasets, models, methods):
             if method != "nezha-4" or "nezha" not in plan.methods:
                 wanted[dataset, model, method, seed] = None
-    return [_run(plan, places, *one) for one in wanted]
+    found = [_run(plan, places, *one) for one in wanted]
+    ordered = [job for jobs in found for job in jobs[:2]] + [job for jobs in found for job in jobs[2:]]
+    return [job for job in ordered if job.steps]
 
 
-def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed: int) -> Job:
+def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed: int) -> list[Job]:
+    """The model's job, what is measured beside it if anything, and in the third place its beam widths.
+
+    The latter two wait for the first, whose rows are safe by then; where its checkpoint is gone they train it again.
+    """
     folder, catalogue = _dataset(plan, places, dataset)
     trained = "nezha" if method == "nezha-4" else method
     options = [*plan.train, *plan.models[model].get("train", []), *plan.datasets[dataset].get("train", [])]
@@ -133,9 +140,7 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
     spec = [plan.datasets[dataset], options, plan.evaluate]
     name = f"{dataset}/{model}/{trained}/{seed}/{_digest(spec)}"
     checkpoint = places.work / "models" / name / "checkpoint"
-    steps = [
-        Step(["train", str(folder), str(catalogue), *options, "--out", str(checkpoint)], checkpoint / "config.json")
-    ]
+    train = Step(["train", str(folder), str(catalogue), *options, "--out", str(checkpoint)], checkpoint / "config.json")
 
     def evaluate(run: str, *more: str) -> Step:
         ranks = places.work / "ranks" / f"{run.replace('/', '-')}.npz"
@@ -143,19 +148,28 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
         out = ["--json", str(checkpoint.parent / f"{run.split('/')[-1]}.json")]
         return Step(["evaluate", str(checkpoint), str(folder), *plan.evaluate, *where, *out, *more], run=run)
 
+    steps = [train]
     if method != "nezha-4":
-        # baselines are measured with the first model, those without a seed of their own with the first seed
-        first = model == next(iter(plan.models)) and method == plan.methods[0]
-        wanted = [one for one in plan.baselines if first and (seed == plan.seeds[0] or one == "sasrec")]
-        run = f"{name}-{_digest(wanted)}" if wanted else name
-        steps.append(evaluate(run, "--baselines", *wanted))
+        steps.append(evaluate(name, "--baselines"))
     if trained == "nezha" and "nezha-4" in plan.methods:
         steps.append(evaluate(f"{name}-final", "--validity", "final", "--baselines"))
-    if method == "nezha" and (model, seed) == (next(iter(plan.models)), plan.seeds[0]):
+    first = model == next(iter(plan.models))
+    # baselines are measured with the first model, those without a seed of their own with the first seed
+    asked = first and method == plan.methods[0]
+    wanted = [one for one in plan.baselines if asked and (seed == plan.seeds[0] or one == "sasrec")]
+    beside = [train, evaluate(f"{name}-{_digest(wanted)}", "--baselines", *wanted)] if wanted else []
+    widths = [train]
+    if method == "nezha" and first and seed == plan.seeds[0]:
         for width, validity in itertools.product(plan.curve, ("stepwise", "final")):
             more = "--beam-width", str(width), "--validity", validity, "--baselines"
-            steps.append(evaluate(f"{name}{CURVE}{width}-{validity}", *more))
-    return Job(name, steps, f"{dataset}: data")
+            widths.append(evaluate(f"{name}{CURVE}{width}-{validity}", *more))
+    baselines = Job(f"{name}: baselines", beside, name)
+    last = baselines.name if beside else name  # one after another: without a checkpoint each would train
+    return [
+        Job(name, steps, f"{dataset}: data"),
+        baselines,
+        Job(f"{name}: widths", widths if len(widths) > 1 else [], last),
+    ]
 
 
 def _dataset(plan: Plan, places: Places, name: str) -> tuple[Path, Path]:

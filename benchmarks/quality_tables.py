@@ -40,7 +40,7 @@ ORDER += [UNVERIFIED, OURS]
 
 @dataclass(frozen=True)
 class Result:
-    """A line of the results file, as the tables group it; ``model`` is empty for baselines."""
+    """A line of the results file, as the tables group it; ``model``, with its epochs, is empty for baselines."""
 
     dataset: str
     model: str
@@ -57,6 +57,7 @@ class Result:
             shape = f"{config['family']}, {config['layers']} layers of {config['hidden']}"
             planned = row["run"].split("/")
             model = planned[1] if len(planned) == PARTS_OF_A_RUN else shape
+            model += f", {config['epochs']} epochs"  # one table never compares unequal budgets
         unverified = row["method"] == OURS and row["validity"] == "final"
         return cls(
             row["dataset"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -55,29 +56,32 @@ def test_a_plan_runs_from_raw_files_to_tables(places, tmp_path, capsys):
     torch.set_num_threads(1)
     plan = plan_of(tmp_path)
     jobs = runs(plan, places)
-    assert [job.name.rsplit("/", 1)[0] for job in jobs] == [
-        f"ring/tiny/{m}/{s}" for s in (0, 1) for m in ("nezha", "ar")
-    ]
+    named = [job.name.split("/", 2)[2] for job in jobs]
+    kinds = [(name.rsplit("/", 1)[0], name.partition(": ")[2]) for name in named]
+    beside = [("nezha/0", ""), ("nezha/0", "baselines"), ("ar/0", "")]
+    assert kinds == [*beside, ("nezha/1", ""), ("ar/1", ""), ("nezha/0", "widths")]
     for job in [*preparations(plan, places), *jobs]:
-        for step in job.steps:
-            assert not is_done(step, finished_runs(places.results))
+        left = remaining(job, finished_runs(places.results))
+        # what is measured beside a model finds its checkpoint
+        assert left == (job.steps[1:] if ": " in job.name and job.name.partition("/")[1] else job.steps)
+        for step in left:
             assert cli.main(step.words) == 0
             assert is_done(step, finished_runs(places.results))
     torch.set_num_threads(before)
     with places.results.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    # popularity once; NEZHA, NEZHA-4 and the language model's two decodings by seed
-    assert len(rows) == 1 + 2 * 4 + 2
+    # popularity once, beside NEZHA again; NEZHA, NEZHA-4 and the language model's two decodings by seed; two widths
+    assert len(rows) == 2 + 2 * 4 + 2
     assert {row["beam_width"] for row in rows} == {"20", "5"}
     assert all(json.loads(row["config"])["train_seconds"] > 0 for row in rows if row["validity"])
     results = quality_tables.read(places.results)
     text = quality_tables.make(results, places.work / "ranks")
     lines = text.splitlines()
-    assert any(line.startswith("| NEZHA-4, no verification | tiny | 2 |") for line in lines)
+    assert any(line.startswith("| NEZHA-4, no verification | tiny, 1 epochs | 2 |") for line in lines)
     ours = [one for one in results if one.method == "NEZHA"]
     mean = sum(one.number("hit@10") for one in ours) / 2
-    assert any(line.startswith("| NEZHA | tiny | 2 |") and f"{mean:.4f}" in line for line in lines)
-    gap = next(line for line in lines if line.startswith("| popularity | tiny | 2 |"))
+    assert any(line.startswith("| NEZHA | tiny, 1 epochs | 2 |") and f"{mean:.4f}" in line for line in lines)
+    gap = next(line for line in lines if line.startswith("| popularity | tiny, 1 epochs | 2 |"))
     theirs = next(one for one in results if one.method == "popularity").number("hit@10")
     assert f"{mean - theirs:+.4f} (" in gap
     marks = ("quality", "quality-widths", "quality-search")
@@ -176,7 +180,10 @@ def test_a_wrong_plan_says_where(change, said, tmp_path):
         plan_of(tmp_path, PLAN.replace(*change))
 
 
-@pytest.mark.parametrize(("name", "count"), [("quality.toml", 5 + 5 * 3 * 6 * 3), ("quality-search.toml", 12 + 39)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("quality.toml", 6 + 6 * 3 * (6 * 3 + 1) + 6), ("quality-search.toml", 14 + 50)],
+)
 def test_the_repositorys_plans_have_commands_that_exist(name, count, places):
     plan = Plan.load(ROOT / "benchmarks" / "plans" / name)
     parser = cli.build_parser()
@@ -215,6 +222,33 @@ def test_baselines_are_measured_once_a_data_set_and_sasrec_once_a_seed(places):
     everything, again = ("popularity", "markov", "knn", "sasrec"), ("sasrec",)
     expected = [(name, str(seed), again if seed else everything) for seed in (0, 1, 2) for name in plan.datasets]
     assert sorted(asked) == sorted(expected)
+
+
+def test_threads_are_shared_out_unless_the_environment_says_otherwise(places, tmp_path, monkeypatch):
+    def threads(processes):
+        made = tmp_path / f"made{len(list(tmp_path.iterdir()))}"
+        job = job_of(places, made.name, "echo $OMP_NUM_THREADS > {made}", made)
+        assert runner(places, processes=processes).run([job])
+        return int(made.read_text())
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert threads(1) == len(os.sched_getaffinity(0))
+    assert threads(1000) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads(1) == 3
+
+
+def test_baselines_and_widths_come_after_their_model(places):
+    plan = Plan.load(ROOT / "benchmarks" / "plans" / "quality.toml")
+    jobs = {job.name: job for job in runs(plan, places)}
+    last = False
+    for name, job in jobs.items():
+        model, _, what = name.partition(": ")
+        last |= what == "widths"
+        assert last == (what == "widths")  # none before all models, none left for later
+        if what:
+            assert job.after == (f"{model}: baselines" if what == "widths" else model)
+            assert job.steps[0] == jobs[model].steps[0]
 
 
 def test_ranks_come_back(tmp_path):
