@@ -73,7 +73,8 @@ def test_a_plan_runs_from_raw_files_to_tables(places, tmp_path, capsys):
     # popularity once, beside NEZHA again; NEZHA, NEZHA-4 and the language model's two decodings by seed; two widths
     assert len(rows) == 2 + 2 * 4 + 2
     assert {row["beam_width"] for row in rows} == {"20", "5"}
-    assert all(json.loads(row["config"])["train_seconds"] > 0 for row in rows if row["validity"])
+    notes = [json.loads(row["config"]) for row in rows if row["validity"]]
+    assert all(note["train_seconds"] > 0 and [one[0] for one in note["validations"]] == [1] for note in notes)
     results = quality_tables.read(places.results)
     text = quality_tables.make(results, places.work / "ranks")
     lines = text.splitlines()

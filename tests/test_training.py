@@ -159,14 +159,16 @@ def test_an_interrupted_run_ends_like_one_that_was_not(catalogue, rings, tmp_pat
         return write
 
     whole, _ = start(catalogue)
-    fit(whole, catalogue, split, options, tmp_path / "whole", write=lambda line: None)
+    expected = fit(whole, catalogue, split, options, tmp_path / "whole", write=lambda line: None).validations
+    assert [epoch for epoch, _, _ in expected] == [1, 2, 3, 4]
     broken, _ = start(catalogue)
     with pytest.raises(KeyboardInterrupt):
         fit(broken, catalogue, split, options, tmp_path / "broken", write=stop_after(3))
     (tmp_path / "broken" / "checkpoint-99").mkdir()  # as if stopped while it was written
     again, _ = start(catalogue)
     lines = []
-    fit(again, catalogue, split, options, tmp_path / "broken", write=lines.append)
+    found = fit(again, catalogue, split, options, tmp_path / "broken", write=lines.append).validations
+    np.testing.assert_allclose(found, expected, atol=2e-4)
     assert [line.split(":")[0] for line in lines] == ["epoch 3", "epoch 4"]
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, msg=name)

@@ -116,7 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
         prefix=prefix_token_ids(tokenizer, model.config),
     )
     if trainer.is_world_process_zero():
-        save_trained(out, model, tokenizer, catalogue, dtype, options, round(time.perf_counter() - started, 1))
+        seconds = round(time.perf_counter() - started, 1)
+        save_trained(out, model, tokenizer, catalogue, dtype, options, seconds, trainer.validations)
         shutil.rmtree(run_folder, ignore_errors=True)
         console.print(f"checkpoint -> {out}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,10 +87,12 @@ def save_trained(
     dtype: torch.dtype,
     options: TrainingOptions,
     seconds: float | None = None,
+    validations: Sequence[Sequence[float]] = (),
 ) -> None:
     """Write the checkpoint folder; it appears complete or not at all.
 
-    ``training.json`` keeps the options, the model's method and shape, and the ``seconds`` that training took.
+    ``training.json`` keeps the options, the model's method and shape, the ``seconds`` that training took, and the
+    ``validations``: epoch, loss and NDCG@10 of each.
     """
     note = asdict(options) | {
         "method": model.config.method,
@@ -98,6 +101,7 @@ def save_trained(
         "layers": model.config.num_hidden_layers,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "train_seconds": seconds,
+        "validations": [list(one) for one in validations],
     }
     with replacing(folder, "config.json") as scratch:
         weights: Any = model.to(dtype=dtype)  # type: ignore[call-arg]

@@ -41,6 +41,14 @@ class NezhaTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
         return self.optimizer
 
+    @property
+    def validations(self) -> list[tuple[float, float, float]]:
+        """Epoch, loss and NDCG@10 of each validation, those before an interruption too."""
+        found = [entry for entry in self.state.log_history if "eval_loss" in entry]
+        return [
+            (round(entry["epoch"], 2), round(entry["eval_loss"], 4), round(entry["eval_ndcg@10"], 4)) for entry in found
+        ]
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
