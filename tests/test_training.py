@@ -22,7 +22,6 @@ from nezha_vllm.training.fit import codes_of, fit
 from nezha_vllm.training.metrics import UNRANKED, ndcg, ranks_of, summary
 from nezha_vllm.training.options import PRETRAINED, TrainingOptions
 from nezha_vllm.training.packing import PackedCollator, Segments, packed
-from nezha_vllm.training.regularise import add_dropout, add_head_dropout
 from nezha_vllm.training.start import starting_model
 from nezha_vllm.training.trainer import parameter_groups
 
@@ -202,26 +201,6 @@ def test_learning_rates_and_decay_by_part(catalogue):
     assert found[id(head.logit_heads[0].weight)]["lr"] == pytest.approx(1e-5)
     assert found[id(model.model.layers[0].mlp.up_proj.weight)]["weight_decay"] == pytest.approx(0.1)
     assert found[id(model.model.norm.weight)]["weight_decay"] == 0
-
-
-def test_dropout_acts_in_training_only(catalogue):
-    model, _ = start(catalogue)
-    ids = torch.tensor([[300 - 40, 261, 262, *model.config.placeholder_token_ids]])
-    plain = model.eval().hidden_states_for(ids)
-    add_dropout(model, 0.5)
-    assert torch.equal(model.hidden_states_for(ids), plain)
-    assert not torch.equal(model.train().hidden_states_for(ids), plain)
-
-
-def test_dropout_of_the_head_acts_on_every_level_in_training_only(catalogue):
-    model, _ = start(catalogue)
-    hidden_NSH, codes_NL = torch.randn(1, 4, model.config.hidden_size), torch.tensor([[1, 2, 3]])
-    plain = model.eval().code_log_probs(hidden_NSH, codes_NL)
-    add_head_dropout(model, 0.5)
-    for level, log_probs in enumerate(model.code_log_probs(hidden_NSH, codes_NL)):
-        assert torch.equal(log_probs, plain[level])
-    for level, log_probs in enumerate(model.train().code_log_probs(hidden_NSH, codes_NL)):
-        assert not torch.equal(log_probs, plain[level])
 
 
 def test_metrics_count_from_the_rank_of_the_target():
