@@ -81,7 +81,7 @@ def test_a_large_catalogue_is_measured_at_the_width_or_an_estimate(tmp_path: Pat
         kept = [line for line in lines if name != "validity.csv" or ",100000000,512," not in line]
         (tmp_path / name).write_text("\n".join(kept) + "\n")
     make_plan(RESULTS, replace(WANTED, items=100_000_000))
-    with pytest.raises(PlanError, match="beam width 512.*--estimate"):
+    with pytest.raises(PlanError, match=r"beam width 512.*--estimate"):
         make_plan(tmp_path, replace(WANTED, items=100_000_000))
 
 
