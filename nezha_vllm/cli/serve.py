@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         with Server(arguments.checkpoint, arguments.port, arguments.host, more) as server:
             if headless:
-                return server.process.wait()
+                return server.process.wait() or 1  # vLLM ends with 0 when an engine has died; only signals end it well
             seconds = server.wait_until_ready()
             print(
                 f"\nready after {seconds:.0f} s at {server.url}/v1. In another terminal:\n"

@@ -20,6 +20,8 @@ def watch_remote_engines(engine: Any) -> None:
     backend = getattr(parallel, "data_parallel_backend", "mp")
     if not isinstance(service, Service) or parallel.local_engines_only or backend != "mp" or not ranks:
         return
+    if parallel.data_parallel_size_local == 0:  # then ranks start at 0 elsewhere, too, and no engine knows that it is
+        return
     if core.client_index != 0 or hasattr(engine, "nezha_remote_engines"):
         return
 

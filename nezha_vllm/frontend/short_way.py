@@ -32,7 +32,7 @@ from nezha_vllm.frontend.outcome import Outcome
 from nezha_vllm.frontend.renderer import NezhaRenderer
 from nezha_vllm.frontend.response_body import ResponseBody
 from nezha_vllm.frontend.rules import read_rules
-from nezha_vllm.frontend.service import one_request
+from nezha_vllm.frontend.service import end_request, one_request
 from nezha_vllm.frontend.tracing import traces
 
 # headers and settings of a server that change what vLLM's handler does
@@ -157,9 +157,11 @@ class CompletionsRoute(CheckedRoute):
             with way.admission.request():
                 read = way.read(body) if way.open and _is_common(request) else None
                 if read is None:
-                    return await long_way(request)
-                response = await unless_disconnected(request, way.answer(request, *read))
-                return JSONResponse(None) if response is None else response  # nobody reads it
+                    response = await long_way(request)
+                else:
+                    response = await unless_disconnected(request, way.answer(request, *read))
+            end_request()  # the client may take its time with the answer
+            return JSONResponse(None) if response is None else response  # nobody reads it
 
         return answer
 

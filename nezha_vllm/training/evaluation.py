@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     NezhaModel = NezhaLlamaForCausalLM | NezhaQwen3ForCausalLM
 
 
+MAX_TOKENS = 1 << 16  # of a forward pass, in float32 where training may have been in bfloat16
+
+
 @dataclass(frozen=True)
 class Trained:
     """A checkpoint and how it is asked. ``prefix``: token ids before the history; ``options``: it was trained with."""
@@ -94,11 +97,12 @@ class HeldOut:
         *,
         max_history: int,
         prefix: Sequence[int] = (),
-        batch_size: int = 2048,
+        batch_size: int | None = None,
     ) -> None:
         self.catalogue, self.histories, self.targets = catalogue, histories, targets
         self.ask: dict[str, Any] = {"max_history": max_history, "prefix": prefix}
         prompts = history_prompts(config, catalogue, [items[-max_history:] for items in histories], prefix)
+        batch_size = batch_size or max(1, MAX_TOKENS // max(map(len, prompts), default=1))
         # histories of similar length share a batch: little padding
         self.order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
         rows = np.asarray(catalogue.rows(targets))

@@ -127,7 +127,8 @@ class SasRec(Baseline):
         ranks = []
         for batch, target_U in zip(asked, targets, strict=True):
             scores_UM = self._scores(*batch)
-            ranks.append((scores_UM > scores_UM.gather(1, target_U[:, None])).sum(1))
+            # behind those of equal score; a score that is no number is behind all
+            ranks.append((~(scores_UM < scores_UM.gather(1, target_U[:, None]))).sum(1) - 1)
         return torch.cat(ranks).cpu().numpy()
 
     def recommend(self, history: Sequence[str]) -> list[str]:
