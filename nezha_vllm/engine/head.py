@@ -23,6 +23,8 @@ def end_with_head(vllm_config: VllmConfig) -> None:
     """
     parallel = vllm_config.parallel_config
     rank, rank_here = getattr(parallel, "data_parallel_index", 0), parallel.data_parallel_rank_local
+    if "VLLM_DP_SIZE" in os.environ:  # several scripts with an `LLM` each, which need no API
+        return
     if parallel.local_engines_only or rank_here is None or rank <= rank_here or parallel.data_parallel_backend != "mp":
         return
     from vllm import envs
