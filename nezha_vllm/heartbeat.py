@@ -88,6 +88,8 @@ async def _until_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWrit
             await asyncio.sleep(INTERVAL)
     except TimeoutError:
         return f"its machine has been silent for {SILENCE:g} s"
+    except (ConnectionResetError, BrokenPipeError):  # ended with a beat of ours unread
+        return "its process has ended"
     except OSError as error:
         return error.strerror or repr(error)
 
@@ -112,5 +114,7 @@ def _while_it_beats(link: socket.socket) -> str:
         return "its process has ended"
     except TimeoutError:
         return f"it has been silent for {SILENCE:g} s"
+    except (ConnectionResetError, BrokenPipeError):
+        return "its process has ended"
     except OSError as error:
         return error.strerror or repr(error)

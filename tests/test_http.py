@@ -216,9 +216,11 @@ def test_a_request_keeps_the_id_that_its_client_gave_it(server: str, model: str)
 
 def test_single_requests_of_clients_that_disconnect_are_freed(server: str, model: str) -> None:
     before, asked = metric(server, "vllm:generation_tokens_total"), 60
-    body = json.dumps({"model": model, "prompt": "<item:item-1>" * 300, "vllm_xargs": {"beam_width": 512}})
+    asked_for = {"model": model, "vllm_xargs": {"beam_width": 512}}
     connections = [http.client.HTTPConnection(server.removeprefix("http://")) for _ in range(asked)]
-    for connection in connections:
+    for number, connection in enumerate(connections, 1):
+        # histories that no cache has, so that the engine does not answer faster than clients leave
+        body = json.dumps(asked_for | {"prompt": f"<item:item-{number}>" * 300})
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         connection.close()  # at once: a busy machine would answer them all before the last is sent
     wait_until(lambda: metric(server, "vllm:num_requests_running") + metric(server, "vllm:num_requests_waiting") == 0)
