@@ -230,8 +230,8 @@ def test_what_cannot_be_taken_up_is_refused_in_one_line_and_the_old_version_serv
 def test_a_burst_beyond_the_limit_is_told_to_come_back_and_what_is_answered_is_right(live: Live) -> None:
     async def burst() -> tuple[Tally, Tally]:
         async with Clients(live.url, live.questions("two")) as clients:
-            tally, _ = await clients.open_loop(rate=6000, seconds=0.2)
-            return tally, await clients.closed_loop(8, 0.5)
+            # all at once: at any rate of arrivals there is a machine that is fast enough to answer them
+            return await clients.closed_loop(200, 0.5), await clients.closed_loop(8, 0.5)
 
     live.publish("two")
     live.wait_for("two")
