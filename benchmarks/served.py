@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -96,8 +95,6 @@ def serving(system: str, checkpoint: str, workload: Workload, vllm_args: Sequenc
         folder = stock_checkpoint(checkpoint, beside(checkpoint))
     if system == "vllm-beam":  # which asks for 2 K logprobs; vLLM allows 20 unless told otherwise
         arguments += ["--max-logprobs", "-1"]
-    # a user of an open loop pauses for longer than the 5 s after which vLLM would hang up
-    os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "60")
     log = Path(tempfile.mkdtemp(prefix="nezha-bench-")) / f"{system}.log"
     with Server(folder, free_port(), arguments=[*arguments, *vllm_args], log=log) as server:
         try:

@@ -69,11 +69,11 @@ def threshold(values, count, wanted, floor, BLOCK: tl.constexpr, ONE_BLOCK: tl.c
     while (at_low > wanted) & (span > 1):
         # One count a step, little else: three bounds or a histogram a step cost more than the steps they save. Where
         # the bound would lie if keys were spread evenly, but an eighth towards the middle, so that both ends move; in
-        # the middle once ten counts, more than nearly all rows take, have not found it: 42 are the most there can be.
+        # the middle once ten counts have not found it, so that 42 are the most there can be.
         share = 0.0625 + 0.875 * (at_low - wanted).to(tl.float32) / (at_low - at_high).to(tl.float32)
-        share = tl.where(counts < 10, share, 0.5)
-        counts += 1
         step = tl.minimum(tl.maximum((share * span.to(tl.float32)).to(tl.uint32), 1), span - 1)
+        step = tl.where(counts < 10, step, span >> 1)
+        counts += 1
         middle = low + step.to(tl.int32, bitcast=True)
         found = count_from(values, count, middle, first, BLOCK, ONE_BLOCK)
         enough = found >= wanted

@@ -19,6 +19,7 @@ logger = logging.getLogger("vllm.nezha")
 
 GREETING = b"nezha-vllm heartbeat 1\n"
 BEAT = b"."
+ENDED = "its process has ended"
 INTERVAL = 1.0
 SILENCE = 10.0  # seconds after which the other side is gone
 PATIENCE = 60.0  # seconds that engines, which were there a moment ago, may take to connect
@@ -84,14 +85,10 @@ async def _until_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWrit
             writer.write(BEAT)
             async with asyncio.timeout(SILENCE):
                 if not await reader.read(64):
-                    return "its process has ended"
+                    return ENDED
             await asyncio.sleep(INTERVAL)
-    except TimeoutError:
-        return f"its machine has been silent for {SILENCE:g} s"
-    except (ConnectionResetError, BrokenPipeError):  # ended with a beat of ours unread
-        return "its process has ended"
     except OSError as error:
-        return error.strerror or repr(error)
+        return _why(error, "its machine")
 
 
 def until_head_is_gone(address: tuple[str, int], rank: int, version: str, start_seconds: float) -> str:
@@ -111,10 +108,14 @@ def _while_it_beats(link: socket.socket) -> str:
     try:
         while link.recv(64):
             link.sendall(BEAT)
-        return "its process has ended"
-    except TimeoutError:
-        return f"it has been silent for {SILENCE:g} s"
-    except (ConnectionResetError, BrokenPipeError):
-        return "its process has ended"
+        return ENDED
     except OSError as error:
-        return error.strerror or repr(error)
+        return _why(error, "it")
+
+
+def _why(error: OSError, other: str) -> str:
+    if isinstance(error, TimeoutError):
+        return f"{other} has been silent for {SILENCE:g} s"
+    if isinstance(error, (ConnectionResetError, BrokenPipeError)):  # it ended with a beat of ours unread
+        return ENDED
+    return error.strerror or repr(error)

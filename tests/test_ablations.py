@@ -21,17 +21,10 @@ from nezha_vllm.training.fit import fit
 from nezha_vllm.training.options import TrainingOptions
 from nezha_vllm.training.start import load_trained, save_trained, starting_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = (4, 4, 4)
 SHAPE = SimpleNamespace(family="llama", hidden=64, layers=1, heads=2, intermediate=None)
 ITEMS = [f"i{number}" for number in range(24)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

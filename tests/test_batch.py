@@ -19,7 +19,7 @@ from answers import assert_same_answer, of_output
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
-from test_cli import is_running
+from watching import assert_ends_with_parent
 
 from nezha_vllm.batch.columns import OPTIONS, ColumnError, find_columns, options_of
 from nezha_vllm.batch.engine import Recipe
@@ -169,16 +169,7 @@ if __name__ == "__main__":
 def test_an_engine_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     """Otherwise the memory it holds is missing when the job is run again."""
     (tmp_path / "engine.py").write_text(ENGINE)
-    parent = subprocess.Popen([sys.executable, tmp_path / "engine.py"], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
-    assert is_running(pid)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    deadline = time.monotonic() + 10
-    while is_running(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not is_running(pid)
+    assert_ends_with_parent([sys.executable, tmp_path / "engine.py"])
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from watching import assert_ends_with_parent, is_running
 
 from nezha_vllm import cli, server
 from nezha_vllm.cli import steps
@@ -203,13 +204,6 @@ time.sleep(600)
 """
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.fixture
 def stubborn_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> server.Server:
     """A server that ignores SIGTERM and has a child of its own, as vLLM's engine process is."""
@@ -249,13 +243,4 @@ def test_a_server_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         f"with server.Server({str(tmp_path)!r}, 1) as running:\n"
         "    print(running.process.pid, flush=True)\n    time.sleep(600)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
-    assert is_running(pid)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    deadline = time.monotonic() + 10
-    while is_running(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_running(pid)
+    assert_ends_with_parent([sys.executable, "-c", code])

@@ -20,19 +20,11 @@ from nezha_vllm.training.results import COLUMNS, append, data_hash
 from nezha_vllm.training.sasrec import PADDING, SasRec, SasRecModel, SasRecOptions
 from nezha_vllm.training.significance import paired_bootstrap
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ITEMS = [f"i{number:02}" for number in range(24)]
 SMALL = SasRecOptions(
     hidden=32, layers=1, dropout=0.0, learning_rate=1e-2, batch_size=16, epochs=25, patience=25, max_history=4
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are so small that threads cost more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

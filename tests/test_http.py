@@ -7,7 +7,6 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import openai
 import pytest
 from answers import assert_same_answer, of_completion
+from watching import until
 
 from nezha_vllm.catalogue import Catalogue
 
@@ -168,11 +168,11 @@ def test_a_client_that_disconnects_frees_its_requests(client: openai.OpenAI, mod
     body = {"model": model, "prompt": ["<item:item-1>" * 300] * asked, "n": 1, "vllm_xargs": {"beam_width": 512}}
     connection = http.client.HTTPConnection(server.removeprefix("http://"))
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    wait_until(lambda: open_requests() > 0 or answered() > before)
+    until(lambda: open_requests() > 0 or answered() > before)
     connection.close()
-    wait_until(lambda: open_requests() == 0)
+    until(lambda: open_requests() == 0)
     assert answered() - before < asked, "the engine worked on for a client that was gone"
-    wait_until(lambda: left() == left_before + 1)
+    until(lambda: left() == left_before + 1)
     assert len(ask(client, model).choices) == 5
 
 
@@ -223,17 +223,10 @@ def test_single_requests_of_clients_that_disconnect_are_freed(server: str, model
         body = json.dumps(asked_for | {"prompt": f"<item:item-{number}>" * 300})
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         connection.close()  # at once: a busy machine would answer them all before the last is sent
-    wait_until(lambda: metric(server, "vllm:num_requests_running") + metric(server, "vllm:num_requests_waiting") == 0)
+    until(lambda: metric(server, "vllm:num_requests_running") + metric(server, "vllm:num_requests_waiting") == 0)
     assert len(post(server, {"model": model, "prompt": HISTORY, "n": 5})[1]["choices"]) == 5
     answered = metric(server, "vllm:generation_tokens_total") - before - 1
     assert answered < asked, "the engine worked on for clients that were gone"
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 REFUSALS: list[tuple[str, str, dict[str, Any]]] = [

@@ -25,15 +25,8 @@ from nezha_vllm.training.packing import IGNORED, PackedCollator
 from nezha_vllm.training.results import COLUMNS, append
 from nezha_vllm.training.start import starting_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = (5, 4, 6)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(family="llama", sizes=SIZES):

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from conftest import LEVELS, start
 from test_engine import N, ask, prompt_of
 from test_metrics import scrape
 from test_parallel import LENGTHS, SERVING, requests_by_engine, two_gpus  # noqa: F401
+from watching import healthy, until
 
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.server import Server, free_port
@@ -130,29 +129,14 @@ def check_server(
         assert all(answered.values())
 
         store.publish(fewer, force=True)
-        until(lambda: scrape(server.url)["nezha_catalogue_items"] == 1000, 30)
+        until(lambda: scrape(server.url)["nezha_catalogue_items"] == 1000, 30, pause=0.2)
         for prompt in prompts:
             answer = complete(prompt)
             assert answer.nezha[0]["catalogue_version"] == Catalogue.load(fewer).version
             assert len(answer.choices) == N
 
         os.kill(actors(actor)[-1], signal.SIGKILL)
-        until(lambda: server.process.poll() is not None or not healthy(server.url), 60)
-
-
-def until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
-def healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
+        until(lambda: server.process.poll() is not None or not healthy(server.url), 60, pause=0.2)
 
 
 def actors(title: str) -> list[int]:

@@ -25,6 +25,7 @@ from nezha_vllm.training.packing import PackedCollator, Segments, packed
 from nezha_vllm.training.start import starting_model
 from nezha_vllm.training.trainer import parameter_groups
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = [4, 4, 4]
 ITEMS = [f"i{number}" for number in range(24)]
 SHAPE = SimpleNamespace(family="llama", hidden=64, layers=1, heads=2, intermediate=None)
@@ -37,15 +38,6 @@ FAST = {
     "item_dropout": 0.0,
     "weight_decay": 0.0,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are so small that threads cost more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,7 @@ from conftest import LEVELS
 from test_engine import N, ask, prompt_of
 from test_metrics import scrape
 from test_parallel import LENGTHS, SERVING, engine_processes, requests_by_engine
+from watching import healthy, until
 
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.server import free_port
@@ -47,20 +46,12 @@ def running(script: str, arguments: Sequence[str], log: Path, **variables: Any) 
         process.wait(timeout=30)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float, *processes: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert all(process.poll() is None for process in processes), "a machine has ended"
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+def wait_for(condition: Callable[[], bool], seconds: float, *machines: subprocess.Popen[bytes]) -> None:
+    def watched() -> bool:
+        assert all(process.poll() is None for process in machines), "a machine has ended"
+        return condition()
 
-
-def healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
+    until(watched, seconds, pause=0.2)
 
 
 @pytest.mark.slow

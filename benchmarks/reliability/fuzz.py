@@ -25,7 +25,8 @@ import numpy as np
 
 from benchmarks.reliability.bad_input import Known
 from benchmarks.reliability.fuzz_client import DAMAGED, GRAMMAR, OPENAPI, OTHERS, Client, Found, fuzz, good_answer
-from benchmarks.reliability.processes import resident_bytes
+from benchmarks.reliability.processes import print_memory, resident_bytes
+from benchmarks.reliability.start import bare_parser, split
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.server import Server, free_port
 
@@ -36,7 +37,8 @@ ITEMS = 500  # that prompts and rules are made of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments, vllm_args = _parse(list(sys.argv[1:] if argv is None else argv))
+    own, vllm_args = split(sys.argv[1:] if argv is None else argv)
+    arguments = _parse(own)
     with tempfile.TemporaryDirectory(prefix="nezha-fuzz-") as folder:
         return run(arguments, vllm_args, Path(folder))
 
@@ -102,12 +104,7 @@ def report(found: Found, seconds: float, memory: Sequence[dict[str, int]]) -> in
     for part, statuses in sorted(found.by_part.items()):
         print(f"  {part}: {dict(sorted(statuses.items()))}")
     print(f"{found.streams} streams, {found.items} items checked, {found.good} good requests answered as at first")
-    fifth = max(1, len(memory) // 5)
-    for name in memory[-1]:
-        sizes = [sample[name] / 2**20 for sample in memory if name in sample]
-        early, late = np.mean(sizes[fifth : 2 * fifth]), np.mean(sizes[-fifth:])
-        print(f"{name}: {sizes[0]:.0f} MiB at first, {early:.0f} in the second fifth, {late:.0f} in the last, ", end="")
-        print(f"{max(sizes):.0f} at most")
+    print_memory(memory)
     kinds = Counter(problem.split(" <- ")[0] for problem in found.problems)
     print(
         f"{len(found.problems)} problems", *(f"  {count} times {kind}" for kind, count in kinds.most_common()), sep="\n"
@@ -117,19 +114,13 @@ def report(found: Found, seconds: float, memory: Sequence[dict[str, int]]) -> in
     return 1 if found.problems else 0
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Everything behind -- goes to vLLM: … -- --api-server-count 2",
-    )
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint with a catalogue in it")
-    parser.add_argument("--requests", type=int, default=100_000, help="default %(default)s")
-    parser.add_argument("--clients", type=int, default=3, help="processes that ask (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first round of requests (default %(default)s)")
-    parser.add_argument("--keep-log", type=Path, metavar="FILE", help="where the server's log goes")
-    cut = argv.index("--") if "--" in argv else len(argv)
-    return parser.parse_args(argv[:cut]), argv[cut + 1 :]
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    found = bare_parser(__doc__)
+    found.add_argument("--requests", type=int, default=100_000, help="default %(default)s")
+    found.add_argument("--clients", type=int, default=3, help="processes that ask (default %(default)s)")
+    found.add_argument("--seed", type=int, default=0, help="of the first round of requests (default %(default)s)")
+    found.add_argument("--keep-log", type=Path, metavar="FILE", help="where the server's log goes")
+    return found.parse_args(argv)
 
 
 if __name__ == "__main__":

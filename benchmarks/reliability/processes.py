@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 
 def processes(group: int) -> dict[str, int]:
@@ -40,3 +43,13 @@ def resident_bytes(group: int) -> dict[str, int]:
         except (ProcessLookupError, FileNotFoundError, KeyError):  # it ended, or is ending
             continue
     return found
+
+
+def print_memory(samples: Sequence[dict[str, int]]) -> None:
+    """What became of each process's memory over a run, from samples of `resident_bytes` in order."""
+    fifth = max(1, len(samples) // 5)
+    for name in samples[-1]:
+        sizes = [sample[name] / 2**20 for sample in samples if name in sample]
+        early, late = np.mean(sizes[fifth : 2 * fifth]), np.mean(sizes[-fifth:])
+        print(f"{name}: {sizes[0]:.0f} MiB at first, {early:.0f} in the second fifth, {late:.0f} in the last, ", end="")
+        print(f"{max(sizes):.0f} at most")

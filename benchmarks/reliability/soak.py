@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.reliability.processes import resident_bytes
+from benchmarks.reliability.processes import print_memory, resident_bytes
 from benchmarks.reliability.start import parser, split
 from benchmarks.reliability.versions import Ranking, difference, rankings, versions_of
 from nezha_vllm.catalogue import Catalogue
@@ -155,12 +155,7 @@ def _report(soak: Soak, swaps: Sequence[float], told: Sequence[str], memory: Seq
         if len(part):
             quantiles = np.percentile(part, [50, 99, 99.9]) * 1e3
             print(f"latency {name}: p50 {quantiles[0]:.1f}, p99 {quantiles[1]:.1f}, p99.9 {quantiles[2]:.1f} ms")
-    fifth = max(1, len(memory) // 5)
-    for name in memory[-1]:
-        sizes = [sample[name] / 2**20 for sample in memory if name in sample]
-        early, late = np.mean(sizes[fifth : 2 * fifth]), np.mean(sizes[-fifth:])
-        print(f"{name}: {sizes[0]:.0f} MiB at first, {early:.0f} in the second fifth, {late:.0f} in the last, ", end="")
-        print(f"{max(sizes):.0f} at most")
+    print_memory(memory)
     return 1 if soak.problems or results["refused"] else 0
 
 

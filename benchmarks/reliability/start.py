@@ -21,14 +21,20 @@ def started(checkpoint: Path, vllm_args: Sequence[str] = ()) -> Iterator[Server]
             yield server
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """With what all measurements ask for."""
+def bare_parser(description: str | None) -> argparse.ArgumentParser:
+    """With the checkpoint alone."""
     found = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Everything behind -- goes to vLLM: … -- --api-server-count 2",
     )
     found.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint with a catalogue in it")
+    return found
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """With what all measurements ask for that have questions and expected answers."""
+    found = bare_parser(description)
     found.add_argument("--histories", type=int, default=64, help="different prompts (default %(default)s)")
     found.add_argument("--n", type=int, default=10, help="items of an answer (default %(default)s)")
     return found

@@ -113,7 +113,10 @@ def _finish(
     progress = Progress(total, kept, errors, kept)
     on_progress(progress)
     if missing:
-        advance = lambda rows: on_progress(replace(progress, rows=progress.rows + rows))  # noqa: E731
+
+        def advance(rows: int) -> None:
+            on_progress(replace(progress, rows=progress.rows + rows))
+
         for rows, wrong in _score(missing, recipe, cluster, advance):
             progress = Progress(total, progress.rows + rows, progress.errors + wrong, kept)
             on_progress(progress)
