@@ -51,7 +51,7 @@ def _gpu() -> tuple[str, str]:
     if not listed:
         return f"none, {os.cpu_count()} CPU cores", ""
     name, driver = (part.strip() for part in listed[0].split(","))
-    return (name if len(listed) == 1 else f"{len(listed)} × {name}"), driver
+    return name, driver  # of one: how many a server used, its settings say
 
 
 def _output(*argv: str) -> str:

@@ -25,6 +25,8 @@ class Row:
     ``request_rate``) or "batch" (``concurrency`` prompts in one call). ``generator`` is what sent the requests.
     Of a ``part`` of a request, a kernel say, ``us`` is the median time with warm caches, ``cold_us`` with an L2 that
     holds something else, ``floor_us`` what its bytes and operations take at the two ceilings.
+    ``engine_cores`` and ``api_cores`` are the cores that the busiest process of the kind used under that load,
+    ``gpu_busy`` is the share of the time in which the busiest GPU ran something.
     """
 
     # where and when; `machine.describe` fills them
@@ -75,6 +77,9 @@ class Row:
     tflop_per_s: float | None = None
     ceiling_gb_per_s: float | None = None
     ceiling_tflop_per_s: float | None = None
+    engine_cores: float | None = None
+    api_cores: float | None = None
+    gpu_busy: float | None = None
     note: str = ""
 
     @property

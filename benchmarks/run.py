@@ -5,6 +5,8 @@ python -m benchmarks.run benchmarks/plans/h100.toml --folder models --only nezha
 
 A server starts once, and everything asked of its systems follows. Steps are made one after the other, since two that
 share a machine's cores disturb each other. One that fails is reported at the end, and the others are made.
+With --together all servers start at once and wait for their turn, idle: they need a minute or two each, and a machine
+of several GPUs has the cores for it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,10 @@ from benchmarks.machine import ROOT
 from benchmarks.measure import Recorder
 from benchmarks.options import SERVED, make_parser, parse
 from benchmarks.rows import RESULTS
-from benchmarks.served import Target, serving
+from benchmarks.served import Target, ready, starting
 from benchmarks.vllm_bench import VllmBench
 from benchmarks.workload import Cell, Workload, grid, parse_beams
+from nezha_vllm.server import ServerError
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class ServerStep:
     """One server and what is asked of it. Cells are texts "prompt tokens:K:n".
 
     ``systems`` share a server, so they must share a checkpoint: "nezha" alone, or the stock ones together, the first
-    of which sets the server's flags.
+    of which sets the server's flags. ``gpus`` and ``cores`` are those it may use, "0,1" and "0-15"; all if empty.
     """
 
     name: str
@@ -42,6 +46,8 @@ class ServerStep:
     model: str
     label: str = ""
     vllm: list[str] = field(default_factory=list)
+    gpus: str = ""
+    cores: str = ""
     latency: list[str] = field(default_factory=list)
     throughput: list[str] = field(default_factory=list)
     clients: list[int] = field(default_factory=list)
@@ -60,6 +66,7 @@ class CommandStep:
 class Plan:
     models: dict[str, list[str]]  # name → arguments of `nezha init` behind the folder
     steps: list[ServerStep | CommandStep]
+    together: list[str] = field(default_factory=list)  # for vLLM, where servers share GPUs: how much memory each takes
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -71,7 +78,7 @@ class Plan:
         for step in steps:
             if isinstance(step, ServerStep) and step.model not in models:
                 raise ValueError(f"{path}: step {step.name} wants model {step.model!r}, the plan has {sorted(models)}")
-        return cls(models, steps)
+        return cls(models, steps, list(raw.get("together", [])))
 
 
 def _step(path: Path, number: int, raw: Mapping[str, Any]) -> ServerStep | CommandStep:
@@ -108,35 +115,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="checkpoints; made where missing")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="names of steps (default: all)")
     parser.add_argument("--seconds", type=float, default=5.0, help="budget of a cell (default %(default)s)")
+    parser.add_argument("--together", action="store_true", help="start all servers first, then ask one after the other")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where rows go")
     arguments = parser.parse_args(argv)
     plan = Plan.load(arguments.plan)
     names = [step.name for step in plan.steps]
     if unknown := [name for name in arguments.only or [] if name not in names]:
         parser.error(f"no steps {unknown}; the plan has {names}")
+    steps = [step for step in plan.steps if not arguments.only or step.name in arguments.only]
     failed = []
-    for step in plan.steps:
-        if arguments.only and step.name not in arguments.only:
-            continue
-        start = time.monotonic()
-        try:
-            run_step(step, plan, arguments)
-        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-            failed.append(step.name)
-            print(f"{step.name}: {error}", file=sys.stderr, flush=True)
-        print(f"{step.name}: {time.monotonic() - start:.0f} s", flush=True)
+    with ExitStack() as stack:
+        started = {step.name: Started(step, plan, arguments) for step in steps if isinstance(step, ServerStep)}
+        if arguments.together:
+            for name, server in started.items():
+                try:
+                    stack.enter_context(server)
+                except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # it is tried again in its turn
+                    print(f"{name}: {error}", file=sys.stderr, flush=True)
+            for server in started.values():  # while one starts, others would be slow
+                server.wait()
+            print("all servers have started", flush=True)
+        for step in steps:
+            start = time.monotonic()
+            try:
+                if isinstance(step, CommandStep):
+                    run_command(step, plan, arguments)
+                else:
+                    with started[step.name] as server:
+                        server.ask()
+            except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+                failed.append(step.name)
+                print(f"{step.name}: {error}", file=sys.stderr, flush=True)
+            print(f"{step.name}: {time.monotonic() - start:.0f} s", flush=True)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def run_step(step: ServerStep | CommandStep, plan: Plan, arguments: argparse.Namespace) -> None:
-    if isinstance(step, CommandStep):
-        argv = [fill_in(word, plan, arguments) for word in step.command]
-        subprocess.run([sys.executable, "-m", *argv], cwd=ROOT, check=True)
-        return
-    model = checkpoint(step.model, plan, arguments.folder)
-    serve_and_ask(step, model, arguments)
+def run_command(step: CommandStep, plan: Plan, arguments: argparse.Namespace) -> None:
+    argv = [fill_in(word, plan, arguments) for word in step.command]
+    subprocess.run([sys.executable, "-m", *argv], cwd=ROOT, check=True)
 
 
 def fill_in(word: str, plan: Plan, arguments: argparse.Namespace) -> str:
@@ -156,21 +174,51 @@ def checkpoint(name: str, plan: Plan, folder: Path) -> Path:
     return out
 
 
-def serve_and_ask(step: ServerStep, model: Path, arguments: argparse.Namespace) -> None:
-    argv = ["--model", str(model), "--label", step.label or step.model, "--results", str(arguments.results)]
-    asked = parse(make_parser(""), [*argv, "--seconds", str(arguments.seconds), "--", *step.vllm])
-    asked.clients, asked.rates, asked.processes = step.clients, step.rates, 4
-    workload = Workload.of(model)
-    alone, loaded = Recorder("latency", asked, workload), Recorder("throughput", asked, workload)
-    needed = 0 if wrk.installed() else asked.processes
-    try:
-        with VllmBench(needed) as bench, serving(step.systems[0], str(model), workload, asked.vllm_args) as target:
-            for system in step.systems:
-                ask(step, replace(target, system=system), alone, loaded, asked, bench)
-    finally:
-        for recorder in (alone, loaded):
-            if recorder.rows:
-                recorder.print()
+class Started:
+    """The server of a step, from the first ``with`` to the end of the first that ends."""
+
+    def __init__(self, step: ServerStep, plan: Plan, arguments: argparse.Namespace) -> None:
+        self.step, self.plan, self.arguments = step, plan, arguments
+        self._stack: ExitStack | None = None
+
+    def __enter__(self) -> Started:
+        if self._stack is None:
+            step, arguments, stack = self.step, self.arguments, ExitStack()
+            model = checkpoint(step.model, self.plan, arguments.folder)
+            argv = ["--model", str(model), "--label", step.label or step.model, "--results", str(arguments.results)]
+            together = self.plan.together if arguments.together else []
+            more = ["--seconds", str(arguments.seconds), "--", *step.vllm, *together]
+            self.asked = parse(make_parser(""), [*argv, *more])
+            self.asked.clients, self.asked.rates, self.asked.processes = step.clients, step.rates, 4
+            self.workload = Workload.of(model)
+            start = starting(step.systems[0], str(model), self.asked.vllm_args, step.gpus, step.cores)
+            self.server = stack.enter_context(start)
+            self._stack = stack
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._stack is not None:
+            self._stack.close()
+
+    def wait(self) -> None:
+        """Until it is ready or has failed, which it says in its turn."""
+        if self._stack is not None:
+            with suppress(ServerError):
+                self.server.wait_until_ready()
+
+    def ask(self) -> None:
+        """Everything of the step. Raises ``RuntimeError`` with the server's words."""
+        alone, loaded = (Recorder(name, self.asked, self.workload) for name in ("latency", "throughput"))
+        needed = 0 if wrk.installed() else self.asked.processes
+        try:
+            with VllmBench(needed) as bench:
+                target = ready(self.server, self.step.systems[0], self.workload, self.step.gpus)
+                for system in self.step.systems:
+                    ask(self.step, replace(target, system=system), alone, loaded, self.asked, bench)
+        finally:
+            for recorder in (alone, loaded):
+                if recorder.rows:
+                    recorder.print()
 
 
 def ask(

@@ -29,6 +29,8 @@ class Target:
     system: str
     url: str
     workload: Workload
+    group: int | None = None  # of its processes, on this machine
+    gpus: str = ""
 
     @property
     def texts(self) -> list[str]:
@@ -88,18 +90,38 @@ def each_cell(arguments: argparse.Namespace, workload: Workload, measure: Callab
 
 
 @contextmanager
-def serving(system: str, checkpoint: str, workload: Workload, vllm_args: Sequence[str]) -> Iterator[Target]:
-    """Start a system's server and stop it behind the block. Raises ``RuntimeError`` with the end of its log."""
+def serving(
+    system: str, checkpoint: str, workload: Workload, vllm_args: Sequence[str], gpus: str = "", cores: str = ""
+) -> Iterator[Target]:
+    """Start a system's server and stop it behind the block. Raises ``RuntimeError`` with the end of its log.
+
+    ``gpus``, "0,1", and ``cores``, "0-15", are those it may use; all if empty.
+    """
+    with starting(system, checkpoint, vllm_args, gpus, cores) as server:
+        yield ready(server, system, workload, gpus)
+
+
+@contextmanager
+def starting(
+    system: str, checkpoint: str, vllm_args: Sequence[str], gpus: str = "", cores: str = ""
+) -> Iterator[Server]:
+    """The server, not ready yet."""
     folder, arguments = Path(checkpoint), ["--served-model-name", MODEL, "--uvicorn-log-level", "warning"]
     if system != "nezha":
         folder = stock_checkpoint(checkpoint, beside(checkpoint))
     if system == "vllm-beam":  # which asks for 2 K logprobs; vLLM allows 20 unless told otherwise
         arguments += ["--max-logprobs", "-1"]
     log = Path(tempfile.mkdtemp(prefix="nezha-bench-")) / f"{system}.log"
-    with Server(folder, free_port(), arguments=[*arguments, *vllm_args], log=log) as server:
-        try:
-            seconds = server.wait_until_ready()
-        except ServerError as error:
-            raise RuntimeError(str(error)) from None
-        print(f"{system}: ready after {seconds:.0f} s, log in {log}", flush=True)
-        yield Target(system, server.url, workload)
+    prefix = [*(["taskset", "-c", cores] if cores else []), *(["env", f"CUDA_VISIBLE_DEVICES={gpus}"] if gpus else [])]
+    with Server(folder, free_port(), arguments=[*arguments, *vllm_args], log=log, prefix=prefix) as server:
+        yield server
+
+
+def ready(server: Server, system: str, workload: Workload, gpus: str = "") -> Target:
+    """Wait for it. Raises ``RuntimeError`` with the end of its log."""
+    try:
+        seconds = server.wait_until_ready()
+    except ServerError as error:
+        raise RuntimeError(str(error)) from None
+    print(f"{system}: ready after {seconds:.0f} s, log in {server.log}", flush=True)
+    return Target(system, server.url, workload, server.process.pid, gpus)

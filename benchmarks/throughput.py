@@ -23,6 +23,7 @@ from benchmarks.vllm_bench import VllmBench
 from benchmarks.workload import Cell, Workload, grid
 
 AUTO_RATES = (0.5, 0.7, 0.8, 0.9)
+OPEN_SECONDS = 10.0  # of an open loop at least: its users all connect in the first second, which p99 must not see
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="*",
         default=[],
         metavar="REQ/S",
-        help=f"open loop: arrivals a second, or auto: {AUTO_RATES} of the closed loop's best",
+        help=f"open loop: arrivals a second, 80%% of the closed loop's best, or auto: {AUTO_RATES} of it",
     )
     http.add_argument("--p99", type=float, default=30.0, metavar="MS", help="bound of the summary (default 30)")
     http.add_argument("--processes", type=int, default=4, help="of vllm bench serve, without wrk (default %(default)s)")
@@ -81,7 +82,7 @@ def sweep(recorder: Recorder, target: Target, cell: Cell, arguments: argparse.Na
         columns = same | {"load": "open", "request_rate": rate, "engine_tokens": alone.engine_tokens}
         try:
             generator = wrk if wrk.installed() else bench
-            found = generator.open_loop(target, cell, rate, seconds, 10 * (seed + number) + 5)
+            found = generator.open_loop(target, cell, rate, max(seconds, OPEN_SECONDS), 10 * (seed + number) + 5)
         except RuntimeError as error:
             found = {"note": str(error)[:300]}
         recorder.add(target.system, cell, **columns, **found)
@@ -100,6 +101,8 @@ def rates(asked: Sequence[str], best: float) -> Iterator[float]:
     for text in asked:
         if text == "auto":
             yield from (round(share * best, 1) for share in AUTO_RATES if best)
+        elif text.endswith("%"):
+            yield from (round(float(text[:-1]) / 100 * best, 1) for _ in [0] if best)
         else:
             yield float(text)
 

@@ -7,6 +7,7 @@ pauses for an exponential time in front of a request. As long as pauses are long
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,9 +18,11 @@ from typing import Any
 
 from benchmarks.rows import BEHIND
 from benchmarks.served import Target
+from benchmarks.usage import watching
 from benchmarks.workload import Cell
 
-USERS = 512  # of an open loop
+USERS = 512  # of an open loop, at least
+PAUSE_SECONDS = 0.25  # of each at least, many times what an answer takes
 SCRIPT = Path(__file__).with_name("wrk.lua")
 INSTALL = "wrk is not installed (Debian, Ubuntu: apt install wrk)"
 
@@ -35,10 +38,11 @@ def closed_loop(target: Target, cell: Cell, clients: int, seconds: float, seed: 
 
 def open_loop(target: Target, cell: Cell, rate: float, seconds: float, seed: int) -> dict[str, Any]:
     """Arrivals at ``rate`` requests/s in all, plain JSON answers. Columns of a row."""
-    found = _load(target, cell, USERS, round(1000 * USERS / rate), seconds, seed)
+    users = USERS * max(1, math.ceil(rate * PAUSE_SECONDS / USERS))
+    found = _load(target, cell, users, round(1000 * users / rate), seconds, seed)
     if found["requests_per_s"] < BEHIND * rate:
         found["note"] = f"fell behind the arrivals: {found['requests_per_s']:.0f} of {rate:.0f} req/s"
-    return {"generator": f"{version()}, {USERS:,} users"} | found
+    return {"generator": f"{version()}, {users:,} users"} | found
 
 
 def _load(target: Target, cell: Cell, clients: int, pause_ms: int, seconds: float, seed: int) -> dict[str, Any]:
@@ -49,7 +53,8 @@ def _load(target: Target, cell: Cell, clients: int, pause_ms: int, seconds: floa
     argv += ["--timeout", f"{max(10, round(2 * seconds))}s", "-s", str(SCRIPT), f"{target.url}/v1/completions", "--"]
     argv += [_items(target), body[:-1] + ', "prompt": "', '"}', str(target.workload.history_items(cell.prompt_tokens))]
     argv += [str(seed), str(pause_ms)]
-    run = subprocess.run(argv, capture_output=True, text=True, timeout=60 + 3 * seconds)
+    with watching(target.group, target.gpus) as busy:
+        run = subprocess.run(argv, capture_output=True, text=True, timeout=60 + 3 * seconds)
     lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     found = json.loads(lines[-1].removeprefix("RESULT ")) if lines else {"requests": 0}
     if not found["requests"]:
@@ -62,6 +67,7 @@ def _load(target: Target, cell: Cell, clients: int, pause_ms: int, seconds: floa
         "p90_ms": found["p90"] / 1000,
         "p99_ms": found["p99"] / 1000,
         "requests_per_s": found["requests"] / found["seconds"],
+        **busy,
     }
 
 

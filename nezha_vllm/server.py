@@ -62,6 +62,7 @@ class Server:
         port, host: where it listens.
         arguments: further arguments of `vllm serve`.
         log: file for its output; default: this process's own output.
+        prefix: words in front of the command, such as ``taskset`` and its arguments.
     """
 
     def __init__(
@@ -71,11 +72,12 @@ class Server:
         host: str = "127.0.0.1",
         arguments: Sequence[str] = (),
         log: Path | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
         reachable = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
         self.url = f"http://{reachable}:{port}"
         self.log = log
-        self._argv = command(checkpoint, [*arguments, "--host", host, "--port", str(port)])
+        self._argv = [*prefix, *command(checkpoint, [*arguments, "--host", host, "--port", str(port)])]
         self._environment = environment(checkpoint)
         self._process: subprocess.Popen[bytes] | None = None
 

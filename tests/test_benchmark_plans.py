@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +19,7 @@ from benchmarks.workload import Cell
 SERVER = '[models]\ntiny.init = []\n[[steps]]\nname = "s"\nsystems = ["nezha"]\nmodel = "tiny"\n'
 
 
-@pytest.mark.parametrize("name", ["h100", "two-gpus"])
+@pytest.mark.parametrize("name", ["h100", "four-gpus", "tensor-parallel"])
 def test_a_plan_of_the_repository_names_models_and_flags_that_exist(name):
     from nezha_vllm.hf.backbones import BACKBONES
 
@@ -27,6 +30,25 @@ def test_a_plan_of_the_repository_names_models_and_flags_that_exist(name):
     for step in plan.steps:
         if isinstance(step, CommandStep):
             assert (ROOT / Path(*step.command[0].split("."))).with_suffix(".py").is_file()
+
+
+def test_servers_that_start_together_fit_their_gpus():
+    """Each at least its weights and cache; a GPU of 80 GB is not promised more."""
+    from nezha_vllm.hf.backbones import BACKBONES
+
+    for name in ("four-gpus", "tensor-parallel"):
+        plan = Plan.load(ROOT / "benchmarks" / "plans" / f"{name}.toml")
+        cache = int(plan.together[plan.together.index("--kv-cache-memory-bytes") + 1])
+        taken = dict.fromkeys("0123", 0.0)
+        for step in plan.steps:
+            shape = BACKBONES[step.model]
+            layer = 3 * shape["hidden_size"] * shape["intermediate_size"] + 3 * shape["hidden_size"] ** 2
+            weights = 2 * (shape["num_hidden_layers"] * layer + shape["vocab_size"] * shape["hidden_size"])
+            tensor_parallel = "--tensor-parallel-size" in step.vllm
+            gpus = (step.gpus or "0,1,2,3").split(",")
+            for gpu in gpus:
+                taken[gpu] += cache + weights / (len(gpus) if tensor_parallel else 1)
+        assert 1e9 < max(taken.values()) < 60e9
 
 
 def test_systems_are_asked_what_they_can_answer_once():
@@ -65,6 +87,52 @@ def test_a_step_that_fails_does_not_stop_the_others(tmp_path, capfd):
     found = capfd.readouterr()
     assert "failed: broken\n" in found.err
     assert "whole: " in found.out
+
+
+def test_servers_start_together_and_each_is_asked_in_its_turn(tmp_path, monkeypatch, capfd):
+    """With servers that only say what became of them."""
+    import benchmarks.run as run
+
+    told = []
+
+    @contextmanager
+    def starting(system, checkpoint, vllm_args, gpus, cores):
+        told.append(f"start {gpus} {cores} {vllm_args[-1]}")
+        yield SimpleNamespace(wait_until_ready=lambda: told.append(f"ready {gpus}"))
+        told.append(f"stop {gpus}")
+
+    def ask(step, target, *_):
+        told.append(f"ask {step.name}")
+        if step.name == "b":
+            raise RuntimeError("no answer")
+
+    monkeypatch.setattr(run, "starting", starting)
+    monkeypatch.setattr(run, "ready", lambda server, system, workload, gpus: run.Target(system, "", workload))
+    monkeypatch.setattr(run, "ask", ask)
+    path = tmp_path / "plan.toml"
+    init = ["--backbone", "tiny", "--random-weights", "--hidden", "64", "--heads", "2", "--random-items", "20"]
+    steps = "".join(
+        f'[[steps]]\nname = "{name}"\nsystems = ["nezha"]\nmodel = "tiny"\ngpus = "{gpu}"\ncores = "0-1"\n'
+        for gpu, name in enumerate("abc")
+    )
+    path.write_text(f'together = ["--seed", "9"]\n[models]\ntiny.init = {json.dumps([*init, "--codes", "8"])}\n{steps}')
+    where = [str(path), "--folder", str(tmp_path), "--results", str(tmp_path)]
+    assert main([*where, "--together"]) == 1
+    starts = [f"start {gpu} 0-1 9" for gpu in range(3)]
+    assert told == [
+        *starts,
+        *(f"ready {gpu}" for gpu in range(3)),
+        "ask a",
+        "stop 0",
+        "ask b",
+        "stop 1",
+        "ask c",
+        "stop 2",
+    ]
+    assert "failed: b\n" in capfd.readouterr().err
+    told.clear()
+    assert main([*where, "--only", "c"]) == 0
+    assert told == ["start 2 0-1 bfloat16", "ask c", "stop 2"]
 
 
 def test_a_step_that_is_not_planned_is_refused(tmp_path):

@@ -24,6 +24,7 @@ from benchmarks.profile import by_part
 from benchmarks.rows import COLUMNS, Row, append, percentile, read
 from benchmarks.search_case import label
 from benchmarks.tables import fill, make_tables
+from benchmarks.usage import busiest_gpu, watching
 
 PAPER = floors.Search(requests=1, width=512, sizes=(512, 512, 512), hidden=2048)
 
@@ -242,3 +243,25 @@ def test_kernels_are_labelled_by_part_and_level():
     assert labels[3:6] == [("context_states", 1), ("beam_products", 2), ("beam_products", 2)]
     assert labels[0] == ("request_products", 1)
     assert labels[-1] == ("select_beams", 2)
+
+
+def test_the_busiest_gpu_is_the_one_with_the_highest_mean():
+    assert busiest_gpu("0, 0\n1, 0\n0, 50\n1, 90\n0, 100\n1, 100\n") == pytest.approx(0.95)
+    assert busiest_gpu("0, 7\n") is None  # of before
+    assert busiest_gpu("0, [N/A]\n0, [N/A]\n") is None
+
+
+def test_a_busy_process_of_a_server_is_seen():
+    busy = "import sys, time\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", busy, "VLLM::EngineCore_DP0"], start_new_session=True) as process:
+        try:
+            time.sleep(0.2)
+            with watching(process.pid) as found:
+                time.sleep(0.5)
+        finally:
+            process.kill()
+    assert 0.1 < found["engine_cores"] < 1.3
+    assert "api_cores" not in found
+    with watching(None) as found:
+        pass
+    assert found == {}

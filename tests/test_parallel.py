@@ -181,6 +181,10 @@ def test_tensor_parallel_gpus_answer_as_one(two_gpus: None, checkpoint: Path, en
     for size in (1, 2):
         engine = start(checkpoint, tensor_parallel_size=size, enforce_eager=enforce_eager, gpu_memory_utilization=0.2)
         answers.append([of_output(output) for output in ask(engine, prompts)])
+        lean = engine.collective_rpc("lean_steps")
+        assert len(lean) == size
+        assert len(set(lean)) == 1
+        assert (lean[0] > 0) is not enforce_eager
         engine.llm_engine.engine_core.shutdown()
     for found, other in zip(answers[1], answers[0], strict=True):
         assert_same_answer(found, other)

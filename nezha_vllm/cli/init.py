@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backbone",
         required=True,
         metavar="NAME|PATH",
-        help="llama-1b, llama-3b, qwen3-0.6b, qwen3-1.7b, tiny, or a local Hugging Face folder",
+        help="llama-1b, llama-3b, llama-8b, qwen3-0.6b, qwen3-1.7b, tiny, or a local Hugging Face folder",
     )
     parser.add_argument("--random-weights", action="store_true", help="for a named backbone; nothing is downloaded")
     parser.add_argument("--catalogue", metavar="DIR", help="catalogue folder to put in; its level sizes rule")

@@ -35,19 +35,33 @@ SPARE_BLOCKS = 1 << 18  # block ids a plan has room for at most: a megabyte
 
 
 def make_lean_step(runner: Any) -> LeanStep | None:
-    """To be called behind the capture of CUDA graphs. None, and a line in the log, where vLLM's own step must do."""
-    why = lean_step_supported(runner)
+    """To be called behind the capture of CUDA graphs, on every rank of tensor parallelism.
+
+    None, and a line in the log, where vLLM's own step must do.
+    """
+    step, why = None, lean_step_supported(runner)
     if why is None:
         try:
             step = LeanStep(runner)
             step.warm_up()
         except Exception as error:  # whatever it is, vLLM's own step still works
-            why = f"{type(error).__name__}: {error}"
-        else:
-            logger.info("NEZHA: lean steps for whole prompts of up to %d tokens in all", max(step.metadata))
-            return step
-    logger.info("NEZHA: every step is vLLM's own, lean steps are off: %s", why)
-    return None
+            step, why = None, f"{type(error).__name__}: {error}"
+    if not _all_ranks(step is not None):
+        step, why = None, why or "another rank's steps cannot be lean"
+    if step is None:
+        logger.info("NEZHA: every step is vLLM's own, lean steps are off: %s", why)
+        return None
+    logger.info("NEZHA: lean steps for whole prompts of up to %d tokens in all", max(step.metadata))
+    return step
+
+
+def _all_ranks(found: bool) -> bool:
+    """Whether it is so on every rank. What a step then is, each sees in the same scheduler's output."""
+    from vllm.distributed import get_tp_group
+
+    flag = torch.tensor(found, dtype=torch.int32)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group)
+    return bool(flag)
 
 
 class LeanStep:
@@ -163,7 +177,6 @@ def _objections(runner: Any) -> Iterator[tuple[Any, str]]:
     yield ".".join(__version__.split(".")[:2]) not in READ_VERSIONS, f"vLLM {__version__} is not among those read"
     yield state.draft_stage.graphs is None, "the draft stage is the PyTorch reference"
     yield parallel.data_parallel_size > 1, "data parallel engines agree on every step"
-    yield parallel.tensor_parallel_size > 1, "ranks of tensor parallelism must choose alike, and that was never run"
     yield parallel.pipeline_parallel_size > 1, "pipeline parallelism"
     yield parallel.decode_context_parallel_size > 1 or runner.pcp_manager is not None, "context parallelism"
     yield parallel.enable_eplb or runner.ubatch_runner is not None, "expert balancing or microbatches"

@@ -44,6 +44,15 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 24,
         "head_dim": 128,
     },
+    "llama-8b": {
+        **LLAMA_3_2,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "head_dim": 128,
+        "intermediate_size": 14336,
+        "rope_parameters": {**LLAMA_3_ROPE, "factor": 8.0},
+    },
     "qwen3-0.6b": {**QWEN3, "hidden_size": 1024, "intermediate_size": 3072},
     "qwen3-1.7b": {**QWEN3, "hidden_size": 2048, "intermediate_size": 6144},
 }

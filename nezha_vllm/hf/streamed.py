@@ -1,11 +1,13 @@
-"""A safetensors file written one tensor at a time: a 3B checkpoint is made with the memory of its largest tensor."""
+"""A safetensors file written tensor by tensor: a checkpoint is made with the memory of its largest tensors."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -19,9 +21,11 @@ def write_safetensors(
     dtype: torch.dtype,
     make: Callable[[str], Tensor],
     track: Callable[[Sequence[str]], Iterable[str]] = iter,
+    threads: int = 1,
 ) -> None:
     """Write ``make(name)`` for each name of ``shapes``, cast to ``dtype``.
 
+    So many ``threads`` call ``make`` at once, and so many tensors are in memory, and one that is written.
     ``track`` wraps the names, for a progress bar. Raises ``ValueError`` if a tensor comes out in another shape.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -33,8 +37,20 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in track(list(shapes)):
-            tensor = make(name).to(dtype).contiguous()
+        for name, made in zip(track(list(shapes)), _ahead(make, list(shapes), threads), strict=True):
+            tensor = made.to(dtype).contiguous()
             if tuple(tensor.shape) != tuple(shapes[name]):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shapes[name])}")
             file.write(memoryview(tensor.view(torch.uint8).reshape(-1).numpy()))
+
+
+def _ahead(make: Callable[[str], Tensor], names: Sequence[str], threads: int) -> Iterator[Tensor]:
+    """In the order of ``names``, made by ``threads`` threads in advance."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Tensor]] = deque()
+        for name in names:
+            waiting.append(pool.submit(make, name))
+            if len(waiting) == threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

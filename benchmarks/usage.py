@@ -1,0 +1,79 @@
+"""What a load keeps busy: the processes of the server, by /proc, and its GPUs, by ``nvidia-smi``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.reliability.processes import processes
+
+KINDS = {"EngineCore": "engine_cores", "ApiServer": "api_cores", "APIServer": "api_cores", "vllm serve": "api_cores"}
+SAMPLE_MS = 200
+
+
+@contextmanager
+def watching(group: int | None, gpus: str = "") -> Iterator[dict[str, float]]:
+    """Columns of a row for the time of the block, filled when it ends; none for a server of another machine.
+
+    Args:
+        group: process group of the server.
+        gpus: indices, as in ``CUDA_VISIBLE_DEVICES``; all of them if empty.
+    """
+    found: dict[str, float] = {}
+    if group is None:
+        yield found
+        return
+    before, begun, sampler = _cpu_seconds(group), time.perf_counter(), _sample_gpus(gpus)
+    try:
+        yield found
+    finally:
+        seconds = time.perf_counter() - begun
+        after = _cpu_seconds(group)
+        if sampler is not None:
+            sampler.terminate()
+            text, _ = sampler.communicate()
+            if (busy := busiest_gpu(text)) is not None:
+                found["gpu_busy"] = busy
+    for name in after.keys() & before.keys():
+        for beginning, column in KINDS.items():
+            if name.startswith(beginning):
+                found[column] = max(found.get(column, 0.0), (after[name] - before[name]) / seconds)
+
+
+def busiest_gpu(text: str) -> float | None:
+    """Of lines "index, percent", the share of the GPU with the highest mean; the first line of each is of before."""
+    percents: dict[str, list[float]] = defaultdict(list)
+    for line in text.splitlines():
+        index, _, percent = line.partition(",")
+        if percent.strip().isdigit():
+            percents[index].append(float(percent))
+    means = [sum(values[1:]) / len(values[1:]) for values in percents.values() if len(values) > 1]
+    return max(means) / 100 if means else None
+
+
+def _sample_gpus(gpus: str) -> subprocess.Popen[str] | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    chosen = ["-i", gpus] if gpus else []
+    asked = ["--query-gpu=index,utilization.gpu", "--format=csv,noheader,nounits", "-lms", str(SAMPLE_MS)]
+    return subprocess.Popen(
+        ["nvidia-smi", *chosen, *asked], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+def _cpu_seconds(group: int) -> dict[str, float]:
+    """User and system time of all threads of each process."""
+    found = {}
+    for name, number in processes(group).items():
+        try:
+            fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+        except (ProcessLookupError, FileNotFoundError):
+            continue
+        found[name] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return found
