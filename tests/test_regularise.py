@@ -1,14 +1,19 @@
-"""Dropout that is added from outside: it acts in training, and only there."""
+"""What training adds from outside against overfitting: dropout, which acts in training alone, ties and losses."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.hf.backbones import tiny_shape
 from nezha_vllm.hf.checkpoint import scratch_config
 from nezha_vllm.hf.modeling import NezhaLlamaForCausalLM
-from nezha_vllm.training.regularise import add_dropout, add_head_dropout
+from nezha_vllm.training.item_loss import ItemLoss
+from nezha_vllm.training.options import TrainingOptions
+from nezha_vllm.training.regularise import add_dropout, add_head_dropout, tie_codes
+from nezha_vllm.training.trainer import parameter_groups
 
 
 @pytest.fixture
@@ -44,3 +49,48 @@ def test_the_language_model_has_no_head_to_drop(model):
     plain = language_model(ids).hidden_states
     add_head_dropout(language_model, 0.5)
     assert torch.equal(language_model(ids).hidden_states, plain)
+
+
+def test_tied_codes_are_the_embeddings_in_training_and_in_the_checkpoint(model):
+    hidden_NSH, codes_NL = torch.randn(5, 4, 64), torch.randint(4, (5, 3))
+    plain = model.code_log_probs(hidden_NSH, codes_NL)
+    tie_codes(model)
+    tied = model.code_log_probs(hidden_NSH, codes_NL)
+    assert not torch.allclose(tied[0], plain[0])
+    sum(log_p.sum() for log_p in tied).backward()
+    assert all(parameter.grad is None for parameter in model.draft_head.logit_heads.parameters())
+    first = model.config.code_token_offsets
+    assert (model.model.embed_tokens.weight.grad[first[0] : first[2] + 4] != 0).any(1).all()
+    assert not any(parameter is model.draft_head.logit_heads[0].weight for parameter in trained(model))
+    model.copy_tied_codes()
+    for found, expected in zip(model.draft_head(hidden_NSH, codes_NL), tied, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def trained(model):
+    return [member for group in parameter_groups(model, TrainingOptions()) for member in group["params"]]
+
+
+def test_weights_of_levels_weigh_their_losses(model):
+    hidden_NSH, codes_NL = torch.randn(5, 4, 64), torch.randint(4, (5, 3))
+    counts = torch.tensor([True, True, True, True, False])
+    logits = model.code_log_probs(hidden_NSH, codes_NL)
+    single = [-log_p.gather(1, codes_NL[:, level, None])[:4].mean() for level, log_p in enumerate(logits)]
+    model.level_weights = (3.0, 1.0, 1.0)
+    expected = (3 * single[0] + single[1] + single[2]) / 5
+    torch.testing.assert_close(model._loss(logits, codes_NL, counts), expected)
+
+
+def test_the_loss_over_items_is_the_cross_entropy_of_the_right_item(model):
+    codes = np.array([[3, 0, 1], [0, 2, 2], [1, 1, 1], [0, 2, 3]])
+    catalogue = Catalogue.build(list("abcd"), codes, [4, 4, 4])
+    item_loss = ItemLoss(model.config, catalogue, 0.5)
+    hidden_VH, embeddings = torch.randn(5, 64), model.model.embed_tokens.weight
+    order = [1, 3, 2, 0]  # of the semantic IDs
+    tokens = torch.from_numpy(codes[order]) + torch.tensor(model.config.code_token_offsets)
+    items_IH = item_loss.own + embeddings[tokens].sum(1)
+    target_V = torch.tensor([2, 0, 1, 3])
+    labels_VL = torch.tensor([*codes[[order[target] for target in target_V]].tolist(), [0, 0, 0]])
+    counts_V = torch.tensor([True] * 4 + [False])
+    found = item_loss(hidden_VH, embeddings, labels_VL, counts_V)
+    torch.testing.assert_close(found, 0.5 * torch.nn.functional.cross_entropy(hidden_VH[:4] @ items_IH.T, target_V))

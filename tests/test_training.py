@@ -127,6 +127,19 @@ def test_a_small_model_learns_the_data_by_heart(catalogue, rings, tmp_path):
     assert len(lines) == FAST["epochs"]
 
 
+def test_tied_codes_and_the_loss_over_items_leave_a_plain_checkpoint(catalogue, rings, tmp_path):
+    split = rings.leave_one_out()
+    model, _ = start(catalogue)
+    names = set(model.state_dict())
+    more = {"tie_codes": True, "item_loss": 0.5, "level_weights": (2.0, 1.0, 1.0), "label_smoothing": 0.01}
+    fit(model, catalogue, split, TrainingOptions(**(FAST | more)), tmp_path / "run", write=lambda line: None)
+    assert set(model.state_dict()) == names
+    plain, _ = start(catalogue)  # nothing but the weights
+    plain.load_state_dict(model.state_dict())
+    ranks = model_ranks(plain, catalogue, split.history("test"), split.test_target, max_history=6)
+    assert (ranks == 0).mean() > 0.9
+
+
 def test_the_weights_that_validated_best_are_kept(catalogue, rings, tmp_path):
     split = rings.leave_one_out()
     model, _ = start(catalogue)

@@ -48,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--item-dropout", float, "item_dropout", "share of history items blotted out; with a backbone 0")
     option("--head-dropout", float, "head_dropout", "dropout of code embeddings and of what the heads' outputs read")
     option("--label-smoothing", float, "label_smoothing", "share of the loss spread over all codes")
+    option("--item-loss", float, "item_loss", "weight of a loss over all items beside that of their codes")
+    parser.add_argument(
+        "--level-weights", type=_weights, metavar="W,W,…", help="of the levels' losses, relative (default equal)"
+    )
+    parser.add_argument(
+        "--tie-codes", action="store_true", default=None, help="the head's codes are the backbone's embeddings"
+    )
     option("--patience", int, "patience", "stop after so many validations without a better one; 0: never")
     option(
         "--validate-every", int, "validate_every", "epochs from one validation, and point to go on from, to the next"
@@ -68,6 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--layers", type=int, default=2, help="number of layers (default %(default)s)")
     shape.add_argument("--heads", type=int, default=2, help="attention heads; hidden / heads must be 32, 64, 96 or 128")
     shape.add_argument("--intermediate", type=int, help="size of the feed-forward layer (default 4 × hidden)")
+
+
+def _weights(text: str) -> tuple[float, ...]:
+    return tuple(float(weight) for weight in text.split(","))
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """NEZHA on the transformers backbones: one prefill, L + 1 hidden states, a draft head.
 
 Shape suffixes beyond those of ``draft_head``: Q tokens of a row, P targets of a row (1 when serving), V targets of the
-batch that have labels.
+batch that have labels, or all of them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel, Qwen3Model
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
@@ -30,7 +31,7 @@ IGNORED = -100
 
 @dataclass
 class NezhaOutput(ModelOutput):
-    """``logits``: per level log-probabilities [V, T_l] of the labelled targets, or None without labels."""
+    """``logits``: per level log-probabilities [V, T_l] of the targets, or None without labels."""
 
     loss: Tensor | None = None
     logits: tuple[Tensor, ...] | None = None
@@ -45,7 +46,11 @@ class _NezhaMixin(PreTrainedModel):
         self.model = backbone(config)
         if config.method != AUTOREGRESSIVE:
             self.draft_head = HEADS[config.method](config.hidden_size, config.codebook_sizes)
+        # of training alone, see training.regularise and training.item_loss
         self.label_smoothing = 0.0
+        self.level_weights: Sequence[float] = ()
+        self.tied_codes = False
+        self.item_loss: nn.Module | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -76,8 +81,8 @@ class _NezhaMixin(PreTrainedModel):
             read_positions: [N, P, S], indices of h_0 … h_L of each target; default the last S tokens, P = 1. S is
                 L + 1; of the language model L, and what it reads behind the history are all codes but the last.
             labels: codes of the targets, [N, P, L] or [N, L]; targets with -100 do not count.
-            labelled: positions [V] among the N · P targets of those that count; default looked for, which makes the
-                CPU wait for the GPU.
+            labelled: positions [V] among the N · P targets of those that count; without them all are computed and
+                V is N · P, a shape that does not hang on the labels.
 
         Returns:
             ``hidden_states`` [N, P, S, H], ``loss`` and ``logits``; the loss is the mean over targets and levels.
@@ -95,18 +100,25 @@ class _NezhaMixin(PreTrainedModel):
         hidden_NQH = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
-        rows_N11 = torch.arange(len(input_ids), device=input_ids.device)[:, None, None]
         if self.config.method in WITHOUT_PLACEHOLDERS:
             read_positions = read_positions[..., :1].expand_as(read_positions)
-        hidden_NPSH = hidden_NQH[rows_N11, read_positions]
+        first_N11 = hidden_NQH.shape[1] * torch.arange(len(input_ids), device=input_ids.device)[:, None, None]
+        read_NPS = first_N11 + read_positions
+        # the gradient of index_select is one kernel, that of indexing a sort
+        hidden_NPSH = hidden_NQH.flatten(0, 1).index_select(0, read_NPS.flatten()).unflatten(0, read_NPS.shape)
         if labels is None:
             return NezhaOutput(hidden_states=hidden_NPSH)
         labels_NPL = labels if labels.dim() == 3 else labels[:, None]
-        if labelled is None:
-            labelled = (labels_NPL[..., 0].flatten() != IGNORED).nonzero()[:, 0]
-        labels_VL = labels_NPL.flatten(0, 1)[labelled]
-        logits = self.code_log_probs(hidden_NPSH.flatten(0, 1)[labelled], labels_VL)
-        return NezhaOutput(self._loss(logits, labels_VL), tuple(logits), hidden_NPSH)
+        labels_VL, hidden_VSH = labels_NPL.flatten(0, 1), hidden_NPSH.flatten(0, 1)
+        if labelled is not None:
+            labels_VL, hidden_VSH = labels_VL[labelled], hidden_VSH[labelled]
+        counts_V = labels_VL[:, 0] != IGNORED
+        labels_VL = labels_VL.clamp(min=0)
+        logits = self.code_log_probs(hidden_VSH, labels_VL)
+        loss = self._loss(logits, labels_VL, counts_V)
+        if self.item_loss is not None:
+            loss = loss + self.item_loss(hidden_VSH[:, 0], self.model.embed_tokens.weight, labels_VL, counts_V)
+        return NezhaOutput(loss, tuple(logits), hidden_NPSH)
 
     def code_log_probs(self, hidden_NSH: Tensor, codes_NL: Tensor) -> list[Tensor]:
         """Log-probabilities under teacher forcing: per level float32 [N, T_l].
@@ -114,6 +126,8 @@ class _NezhaMixin(PreTrainedModel):
         Those of the language model are a part of its distribution over the vocabulary, so they sum to less than 1.
         """
         if self.config.method != AUTOREGRESSIVE:
+            if self.tied_codes:
+                return functional_call(self.draft_head, self._tied_weights(), (hidden_NSH, codes_NL))
             return self.draft_head(hidden_NSH, codes_NL)
         log_p_NLV = self.next_token_log_probs(hidden_NSH)
         levels = zip(self.config.code_token_offsets, self.config.codebook_sizes, strict=True)
@@ -123,13 +137,35 @@ class _NezhaMixin(PreTrainedModel):
         """The language model's log-probabilities float32 [..., V] of all V tokens; embeddings are its output layer."""
         return F.linear(hidden, self.model.embed_tokens.weight).float().log_softmax(-1)
 
-    def _loss(self, logits: Sequence[Tensor], labels_VL: Tensor) -> Tensor:
+    def _loss(self, logits: Sequence[Tensor], labels_VL: Tensor, counts_V: Tensor) -> Tensor:
         losses = []
         for level, log_p_VT in enumerate(logits):
-            truth_V = log_p_VT.gather(1, labels_VL[:, level, None])[:, 0]
-            smooth = self.label_smoothing
-            losses.append(-(1 - smooth) * truth_V.mean() - smooth * log_p_VT.mean())
-        return torch.stack(losses).mean()
+            loss_V = -log_p_VT.gather(1, labels_VL[:, level, None])[:, 0]
+            if self.label_smoothing:
+                loss_V = (1 - self.label_smoothing) * loss_V - self.label_smoothing * log_p_VT.mean(1)
+            losses.append((loss_V * counts_V).sum() / counts_V.sum())
+        weights = self.level_weights or [1.0] * len(losses)
+        return sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
+
+    def _tied_weights(self) -> dict[str, Tensor]:
+        """The draft head's weights that are rows of the backbone's embeddings: names within the head → [T_l, H]."""
+        embeddings, tied = self.model.embed_tokens.weight, {}
+        for level, (start, size) in enumerate(
+            zip(self.config.code_token_offsets, self.config.codebook_sizes, strict=True)
+        ):
+            rows = embeddings[start : start + size]
+            tied[f"logit_heads.{level}.weight"] = rows
+            if level < len(self.draft_head.code_embeddings):
+                tied[f"code_embeddings.{level}.weight"] = rows
+        return tied
+
+    @torch.no_grad()
+    def copy_tied_codes(self) -> None:
+        """Bring the head's own weights, which are searched and saved, up to the embeddings they are tied to."""
+        if self.tied_codes:
+            own = dict(self.draft_head.named_parameters())
+            for name, rows in self._tied_weights().items():
+                own[name].copy_(rows)
 
     def _last_positions(self, attention_mask: Tensor) -> Tensor:
         """Indices [N, S] of the last tokens that are no padding."""

@@ -14,10 +14,12 @@ from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainingArguments
 
 from nezha_vllm.training.evaluation import HeldOut
+from nezha_vllm.training.graphs import fuse_norms
+from nezha_vllm.training.item_loss import ItemLoss
 from nezha_vllm.training.metrics import ndcg
 from nezha_vllm.training.options import TrainingOptions
 from nezha_vllm.training.packing import PackedCollator, Segments
-from nezha_vllm.training.regularise import add_dropout, add_head_dropout
+from nezha_vllm.training.regularise import add_dropout, add_head_dropout, tie_codes
 from nezha_vllm.training.resume import identity, resumable
 from nezha_vllm.training.trainer import EpochLine, NezhaTrainer
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from nezha_vllm.data.dataset import Split
     from nezha_vllm.training.evaluation import NezhaModel
 
+GPU_ROWS = 8  # rows of a batch come in multiples, so that few shapes occur (see StepGraphs)
 VALIDATION_BEAMS = 10  # the ten best need no more, and it runs every epoch
 
 
@@ -51,18 +54,30 @@ def fit(
         run_folder: where the Trainer keeps its checkpoints. If one of the same run is there, training goes on from it;
             one of another run is removed. The caller removes the folder when the result is safe.
     """
+    if options.level_weights and len(options.level_weights) != model.config.num_levels:
+        raise ValueError(
+            f"{len(options.level_weights)} level weights, the catalogue has {model.config.num_levels} levels"
+        )
     segments = Segments(codes_of(split.train, catalogue), options.max_history)
     arguments = _arguments(options, run_folder, len(segments))
     device = arguments.device
-    collator = PackedCollator(model.config, options.max_history, tuple(prefix), options.item_dropout, device)
+    multiple = GPU_ROWS if device.type == "cuda" else 1
+    collator = PackedCollator(model.config, options.max_history, tuple(prefix), options.item_dropout, device, multiple)
+    if device.type == "cuda":
+        fuse_norms(model)
     add_dropout(model, options.dropout)
     add_head_dropout(model, options.head_dropout)
-    model.label_smoothing = options.label_smoothing
+    model.label_smoothing, model.level_weights = options.label_smoothing, options.level_weights
+    if options.tie_codes:
+        tie_codes(model)
+    if options.item_loss:
+        model.item_loss = ItemLoss(model.config, catalogue, options.item_loss, options.seed).to(device)
 
     ask: dict[str, Any] = {"max_history": options.max_history, "prefix": prefix}
     valid = HeldOut(model.config, catalogue, split.valid_history, split.valid_target, **ask)
 
     def validate() -> dict[str, float]:
+        model.copy_tied_codes()
         return {"loss": valid.loss(model), "ndcg@10": ndcg(valid.ranks(model, VALIDATION_BEAMS), 10)}
 
     trainer = NezhaTrainer(
@@ -81,6 +96,8 @@ def fit(
     with trainer.args.main_process_first(local=False):
         last = resumable(run_folder, identity(options, catalogue, model.config, split.train))
     trainer.train(resume_from_checkpoint=last)
+    model.copy_tied_codes()
+    model.item_loss = None
     return trainer
 
 

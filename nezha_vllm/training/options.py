@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """``*_rate`` are relative to ``learning_rate``; a batch counts rows of up to ``max_history`` targets each."""
+    """``*_rate`` are relative to ``learning_rate``; a batch counts rows of up to ``max_history`` targets each.
+
+    ``level_weights``: of the levels' losses, empty for equal ones. ``tie_codes``: see ``regularise.tie_codes``;
+    ``item_loss``: weight of the loss in ``item_loss``.
+    """
 
     epochs: int = 14
     batch_size: int = 32
@@ -21,6 +25,9 @@ class TrainingOptions:
     item_dropout: float = 0.2
     head_dropout: float = 0.0
     label_smoothing: float = 0.0
+    level_weights: tuple[float, ...] = ()
+    tie_codes: bool = False
+    item_loss: float = 0.0
     patience: int = 0
     validate_every: int = 1
     select: str = "loss"
@@ -35,6 +42,8 @@ class TrainingOptions:
         for name in ("dropout", "item_dropout", "head_dropout", "label_smoothing", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', ' ')} must be in [0, 1), got {getattr(self, name)}")
+        if self.item_loss < 0 or any(weight <= 0 for weight in self.level_weights):
+            raise ValueError(f"weights of losses must be positive, got {self.level_weights} and {self.item_loss}")
         if self.select not in ("loss", "ndcg@10"):
             raise ValueError(f"select is {self.select!r}, must be loss or ndcg@10")
 

@@ -16,6 +16,7 @@ forcing for every target. They are tokens of their own, not the history's, so th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,6 +71,9 @@ class PackedCollator:
     ``item_dropout`` is the probability with which an item of the history is blotted out, as a target it stays: the
     model must not hang on any single item. It costs nothing and helps small data sets more than feature dropout.
     Batches are on ``device``; mask and positions are made there, which spares 4 MB of copies a step.
+
+    ``row_multiple``: empty rows are added up to a multiple of so many, so that few shapes occur and graphs can be
+    replayed. More than one leaves out ``labelled``, whose length would hang on the pieces.
     """
 
     config: NezhaConfig
@@ -77,6 +81,7 @@ class PackedCollator:
     prefix: tuple[int, ...] = ()
     item_dropout: float = 0.0
     device: torch.device | str = "cpu"
+    row_multiple: int = 1
 
     @property
     def _blot(self) -> int:
@@ -111,6 +116,7 @@ class PackedCollator:
         offsets = torch.tensor(self.config.code_token_offsets)
         used = [len(codes) - 1 for codes in pieces]
         row_of, first_of, count = packed(used, targets)
+        count = math.ceil(count / self.row_multiple) * self.row_multiple
         used_I = torch.tensor(used)
         piece_V = torch.arange(len(pieces)).repeat_interleave(used_I)
         row_V, first_V = torch.tensor(row_of)[piece_V], torch.tensor(first_of)[piece_V]
@@ -143,14 +149,14 @@ class PackedCollator:
         start_NQ = starts_NP[:, place_Q].masked_fill(place_Q < 0, -1)
         same_NQQ = (start_NQ[:, :, None] == start_NQ[:, None]) | (place_Q < 0)
         moved_NQ = start_NQ.masked_fill((start_NQ < 0) | (start_NQ == targets), 0) * levels
-        return {
+        arguments = {
             "input_ids": input_ids_NQ,
             "attention_mask": (mask_QQ & same_NQQ)[:, None],
             "position_ids": position_Q - moved_NQ,
             "read_positions": read_PS.expand(count, *read_PS.shape),
             "labels": labels_NPL,
-            "labelled": labelled_V,
         }
+        return arguments | ({"labelled": labelled_V} if self.row_multiple == 1 else {})
 
     def _moved(self, tensor: Tensor) -> Tensor:
         if torch.device(self.device).type != "cuda":

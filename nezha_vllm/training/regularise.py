@@ -1,4 +1,4 @@
-"""Dropout for small models, added from outside: the published backbones have none on embeddings or residuals."""
+"""Against overfitting of small models, added from outside: dropout, which published backbones lack, and tied codes."""
 
 from __future__ import annotations
 
@@ -41,6 +41,21 @@ def add_head_dropout(model: nn.Module, rate: float) -> None:
         embedding.register_forward_hook(embedded)
     for output_layer in head.logit_heads:
         output_layer.register_forward_pre_hook(read)
+
+
+def tie_codes(model: nn.Module) -> None:
+    """Let the draft head read and predict codes with the backbone's embeddings, as the language model does.
+
+    A code that is seldom a target is learned from histories, too, and the head has fewer numbers to learn targets by
+    heart with. Its own weights follow by ``model.copy_tied_codes()``, so that a checkpoint is like any other and costs
+    nothing in serving. The language model is tied in any case.
+    """
+    head = getattr(model, "draft_head", None)
+    if head is None:
+        return
+    model.tied_codes = True  # type: ignore[assignment]
+    for parameter in (*head.logit_heads.parameters(), *head.code_embeddings.parameters()):
+        parameter.requires_grad_(False)
 
 
 def _drop(values_NQH: Tensor, rate: float) -> Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from nezha_vllm.training.graphs import StepGraphs
 from nezha_vllm.training.options import TrainingOptions
+
+logger = logging.getLogger(__name__)
 
 QUIET_WEIGHT_DECAY = 1e-3  # relative weight decay of code embeddings and cells (method.md, training)
 
@@ -19,6 +23,8 @@ def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[st
     rates = {"code_embeddings": options.code_embedding_rate, "cells": options.cell_rate}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         part = next((part for part in rates if f"draft_head.{part}." in name), None)
         decay = options.weight_decay * (QUIET_WEIGHT_DECAY if part else 1.0)
         key = (options.learning_rate * rates.get(part or "", 1.0), decay if parameter.dim() > 1 else 0.0)
@@ -32,6 +38,8 @@ class NezhaTrainer(Trainer):
     def __init__(self, options: TrainingOptions, validate: Callable[[], dict[str, float]], **arguments: Any) -> None:
         super().__init__(**arguments)
         self.options, self.validate = options, validate
+        one_gpu = self.args.device.type == "cuda" and self.args.world_size == 1
+        self.graphs = StepGraphs(self.model, self._loss) if one_gpu else None
         # forward takes **kwargs, but its loss is a mean: the Trainer must average over accumulated steps
         self.model_accepts_loss_kwargs = False
 
@@ -40,6 +48,27 @@ class NezhaTrainer(Trainer):
             groups = parameter_groups(model if model is not None else self.model, self.options)
             self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
         return self.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        if self.graphs is None or self.args.gradient_accumulation_steps > 1:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        try:
+            return self.graphs(inputs)
+        except RuntimeError as error:
+            # a GPU or a version that cannot capture this: slower, and the same
+            logger.warning("training goes on without CUDA graphs: %s", error)
+            self.graphs = None
+            model.zero_grad()
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _loss(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.model(**inputs).loss  # type: ignore[misc]
+
+    def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
+        return 0  # counting walks over all modules at every step
 
     @property
     def validations(self) -> list[tuple[float, float, float]]:
