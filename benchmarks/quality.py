@@ -53,7 +53,8 @@ class Running:
 class Runner:
     """Runs jobs, at most ``processes`` at a time, until ``deadline`` (of ``time.monotonic``).
 
-    ``gpus``: indices among which the jobs are spread; none leaves the choice to the environment.
+    ``gpus``: indices among which the jobs are spread; none leaves the choice to the environment. ``longest``: seconds
+    after which a job is stopped, so that one that hangs does not hold its place.
     """
 
     places: Places
@@ -62,6 +63,7 @@ class Runner:
     command: Callable[[Sequence[Step]], list[str]] = command
     write: Callable[[str], None] = print
     gpus: Sequence[str] = ()
+    longest: float = float("inf")
     failed: list[str] = field(default_factory=list)
 
     def run(self, jobs: Sequence[Job]) -> bool:
@@ -75,6 +77,7 @@ class Runner:
                     started = self._start(job, [one.gpu for one in running])
                     running += [started] if started else []
                 time.sleep(POLL_SECONDS if running else 0)
+                self._stop([one for one in running if time.monotonic() - one.started > self.longest])
                 for one in [one for one in running if one.process.poll() is not None]:
                     running.remove(one)
                     self.write(
@@ -180,6 +183,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="at once (default %(default)s)")
     parser.add_argument("--gpus", nargs="+", default=[], metavar="INDEX", help="GPUs to spread them over")
     parser.add_argument("--minutes", type=float, default=float("inf"), metavar="M", help="stop after so many")
+    parser.add_argument(
+        "--job-minutes", type=float, default=float("inf"), metavar="M", help="stop a single job that takes longer"
+    )
+    parser.add_argument("--prepare", action="store_true", help="make the data sets and catalogues, and no models")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="runs whose name holds one of these")
     parser.add_argument("--list", action="store_true", help="say what is done and what is not, and run nothing")
     arguments = parser.parse_args(argv)
@@ -208,9 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"another run is at work in {places.work}; wait for it, or name another folder")
     deadline = time.monotonic() + 60 * arguments.minutes
     runner = Runner(places, arguments.processes, deadline, write=partial(print, flush=True), gpus=arguments.gpus)
+    runner.longest = 60 * arguments.job_minutes
     names = {job.name.split("/")[0] for job in jobs}
     data = {job.name: job for plan in plans for job in preparations(plan, places) if job.name.split(":")[0] in names}
-    in_time = runner.run([*data.values(), *jobs])
+    in_time = runner.run([*data.values(), *([] if arguments.prepare else jobs)])
     if not in_time:
         print("the time is up; the same command goes on from here", file=sys.stderr)
     if runner.failed:

@@ -54,7 +54,7 @@ def test_the_language_model_has_no_head_to_drop(model):
 def test_tied_codes_are_the_embeddings_in_training_and_in_the_checkpoint(model):
     hidden_NSH, codes_NL = torch.randn(5, 4, 64), torch.randint(4, (5, 3))
     plain = model.code_log_probs(hidden_NSH, codes_NL)
-    tie_codes(model)
+    tie_codes(model, "both")
     tied = model.code_log_probs(hidden_NSH, codes_NL)
     assert not torch.allclose(tied[0], plain[0])
     sum(log_p.sum() for log_p in tied).backward()

@@ -131,7 +131,7 @@ def test_tied_codes_and_the_loss_over_items_leave_a_plain_checkpoint(catalogue, 
     split = rings.leave_one_out()
     model, _ = start(catalogue)
     names = set(model.state_dict())
-    more = {"tie_codes": True, "item_loss": 0.5, "level_weights": (2.0, 1.0, 1.0), "label_smoothing": 0.01}
+    more = {"tie_codes": "both", "item_loss": 0.5, "level_weights": (2.0, 1.0, 1.0), "label_smoothing": 0.01}
     fit(model, catalogue, split, TrainingOptions(**(FAST | more)), tmp_path / "run", write=lambda line: None)
     assert set(model.state_dict()) == names
     plain, _ = start(catalogue)  # nothing but the weights

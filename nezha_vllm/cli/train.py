@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--level-weights", type=_weights, metavar="W,W,…", help="of the levels' losses, relative (default equal)"
     )
     parser.add_argument(
-        "--tie-codes", action="store_true", default=None, help="the head's codes are the backbone's embeddings"
+        "--tie-codes", choices=("in", "out", "both"), help="what the head reads, predicts or both are the embeddings"
     )
     option("--patience", int, "patience", "stop after so many validations without a better one; 0: never")
     option(

@@ -49,7 +49,7 @@ class _NezhaMixin(PreTrainedModel):
         # of training alone, see training.regularise and training.item_loss
         self.label_smoothing = 0.0
         self.level_weights: Sequence[float] = ()
-        self.tied_codes = False
+        self.tied_codes: Sequence[str] = ()
         self.item_loss: nn.Module | None = None
         self.post_init()
 
@@ -154,8 +154,9 @@ class _NezhaMixin(PreTrainedModel):
             zip(self.config.code_token_offsets, self.config.codebook_sizes, strict=True)
         ):
             rows = embeddings[start : start + size]
-            tied[f"logit_heads.{level}.weight"] = rows
-            if level < len(self.draft_head.code_embeddings):
+            if "logit_heads" in self.tied_codes:
+                tied[f"logit_heads.{level}.weight"] = rows
+            if "code_embeddings" in self.tied_codes and level < len(self.draft_head.code_embeddings):
                 tied[f"code_embeddings.{level}.weight"] = rows
         return tied
 

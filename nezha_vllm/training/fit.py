@@ -69,7 +69,7 @@ def fit(
     add_head_dropout(model, options.head_dropout)
     model.label_smoothing, model.level_weights = options.label_smoothing, options.level_weights
     if options.tie_codes:
-        tie_codes(model)
+        tie_codes(model, options.tie_codes)
     if options.item_loss:
         model.item_loss = ItemLoss(model.config, catalogue, options.item_loss, options.seed).to(device)
 

@@ -26,7 +26,7 @@ class TrainingOptions:
     head_dropout: float = 0.0
     label_smoothing: float = 0.0
     level_weights: tuple[float, ...] = ()
-    tie_codes: bool = False
+    tie_codes: str = ""
     item_loss: float = 0.0
     patience: int = 0
     validate_every: int = 1
@@ -44,6 +44,8 @@ class TrainingOptions:
                 raise ValueError(f"{name.replace('_', ' ')} must be in [0, 1), got {getattr(self, name)}")
         if self.item_loss < 0 or any(weight <= 0 for weight in self.level_weights):
             raise ValueError(f"weights of losses must be positive, got {self.level_weights} and {self.item_loss}")
+        if self.tie_codes not in ("", "in", "out", "both"):
+            raise ValueError(f"tie codes is {self.tie_codes!r}, must be in, out or both")
         if self.select not in ("loss", "ndcg@10"):
             raise ValueError(f"select is {self.select!r}, must be loss or ndcg@10")
 

@@ -43,19 +43,22 @@ def add_head_dropout(model: nn.Module, rate: float) -> None:
         output_layer.register_forward_pre_hook(read)
 
 
-def tie_codes(model: nn.Module) -> None:
-    """Let the draft head read and predict codes with the backbone's embeddings, as the language model does.
+TIES = {"": (), "in": ("code_embeddings",), "out": ("logit_heads",), "both": ("code_embeddings", "logit_heads")}
 
-    A code that is seldom a target is learned from histories, too, and the head has fewer numbers to learn targets by
-    heart with. Its own weights follow by ``model.copy_tied_codes()``, so that a checkpoint is like any other and costs
-    nothing in serving. The language model is tied in any case.
+
+def tie_codes(model: nn.Module, which: str) -> None:
+    """Let the draft head read codes (``in``), predict them (``out``) or both with the backbone's embeddings.
+
+    The language model is tied in any case. A code that is seldom a target is then learned from histories, too, and the
+    head has fewer numbers to learn targets by heart with. Its own weights follow by ``model.copy_tied_codes()``, so
+    that a checkpoint is like any other and costs nothing in serving.
     """
     head = getattr(model, "draft_head", None)
     if head is None:
         return
-    model.tied_codes = True  # type: ignore[assignment]
-    for parameter in (*head.logit_heads.parameters(), *head.code_embeddings.parameters()):
-        parameter.requires_grad_(False)
+    model.tied_codes = TIES[which]  # type: ignore[assignment]
+    for part in TIES[which]:
+        getattr(head, part).requires_grad_(False)
 
 
 def _drop(values_NQH: Tensor, rate: float) -> Tensor:
