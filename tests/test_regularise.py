@@ -32,6 +32,14 @@ def test_dropout_acts_in_training_only(model):
     assert not torch.equal(model.train().hidden_states_for(ids), plain)
 
 
+@pytest.mark.parametrize(("by", "masks"), [("row", 1), ("token", 3)])
+def test_a_row_or_each_of_its_tokens_has_a_mask(model, by, masks):
+    add_dropout(model, 0.5, by)
+    embed = model.train().model.embed_tokens
+    dropped = embed(torch.tensor([[model.config.code_token_offsets[0]] * 3]))[0] == 0
+    assert len(dropped.unique(dim=0)) == masks
+
+
 def test_dropout_of_the_head_acts_on_every_level_in_training_only(model):
     hidden_NSH, codes_NL = torch.randn(1, 4, model.config.hidden_size), torch.tensor([[1, 2, 3]])
     plain = model.code_log_probs(hidden_NSH, codes_NL)

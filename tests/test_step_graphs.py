@@ -10,7 +10,7 @@ import torch
 from nezha_vllm.hf.backbones import tiny_shape
 from nezha_vllm.hf.checkpoint import scratch_config
 from nezha_vllm.hf.modeling import MODEL_CLASSES
-from nezha_vllm.training.graphs import StepGraphs, fuse_norms
+from nezha_vllm.training.graphs import FusedNorm, StepGraphs, fuse_norms
 from nezha_vllm.training.packing import PackedCollator
 
 SIZES = [8, 8, 8]
@@ -51,6 +51,7 @@ def test_fused_norms_are_the_backbones(family):
     batch = PackedCollator(model.config, 6)(pieces(5))
     expected = gradients(model, batch)
     fuse_norms(model)
+    assert isinstance(model.model.norm.forward, FusedNorm)
     torch.testing.assert_close(gradients(model, batch), expected, atol=1e-6, rtol=1e-4)
 
 

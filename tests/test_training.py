@@ -151,9 +151,29 @@ def test_the_weights_that_validated_best_are_kept(catalogue, rings, tmp_path):
     assert kept == pytest.approx(min(losses), abs=1e-5)
 
 
-def test_an_interrupted_run_ends_like_one_that_was_not(catalogue, rings, tmp_path):
+def test_averaged_weights_are_what_is_validated_and_kept(catalogue, rings, tmp_path):
     split = rings.leave_one_out()
-    options = TrainingOptions(**(FAST | {"epochs": 4, "dropout": 0.1}))
+    start_at, found = start(catalogue)[0], []
+    for average in (0.0, 0.999999):
+        model, _ = start(catalogue)
+        options = TrainingOptions(**(FAST | {"epochs": 3, "average": average}))
+        trainer = fit(model, catalogue, split, options, tmp_path / "run", write=lambda line: None)
+        kept = target_loss(model, catalogue, split.train, split.valid_target, max_history=6)
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert kept == pytest.approx(min(losses), abs=1e-5)
+        distance = sum((a - b).norm() for a, b in zip(model.parameters(), start_at.parameters(), strict=True))
+        found.append((losses, float(distance.detach())))
+    (own, own_distance), (averaged, averaged_distance) = found
+    assert own != averaged
+    assert 0 < averaged_distance < own_distance  # averages lag behind
+    steps = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert steps[-1] < steps[0]
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_an_interrupted_run_ends_like_one_that_was_not(catalogue, rings, tmp_path, average):
+    split = rings.leave_one_out()
+    options = TrainingOptions(**(FAST | {"epochs": 4, "dropout": 0.1, "average": average}))
 
     def stop_after(epochs):
         def write(line):

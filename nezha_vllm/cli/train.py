@@ -45,9 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--warmup", float, "warmup", "share of the steps with a rising learning rate")
     option("--max-history", int, "max_history", "items of history, in training and evaluation")
     option("--dropout", float, "dropout", "dropout of embeddings and blocks; with a backbone 0")
+    parser.add_argument("--dropout-by", choices=("row", "token"), help="one mask a row (default), or one a token")
     option("--item-dropout", float, "item_dropout", "share of history items blotted out; with a backbone 0")
     option("--head-dropout", float, "head_dropout", "dropout of code embeddings and of what the heads' outputs read")
     option("--label-smoothing", float, "label_smoothing", "share of the loss spread over all codes")
+    option("--average", float, "average", "decay a step of averaged weights, which are what is kept; 0: none")
     option("--item-loss", float, "item_loss", "weight of a loss over all items beside that of their codes")
     parser.add_argument(
         "--level-weights", type=_weights, metavar="W,W,…", help="of the levels' losses, relative (default equal)"

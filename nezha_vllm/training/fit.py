@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainingArguments
 
+from nezha_vllm.training.averages import Averages
 from nezha_vllm.training.evaluation import HeldOut
 from nezha_vllm.training.graphs import fuse_norms
 from nezha_vllm.training.item_loss import ItemLoss
@@ -65,7 +67,7 @@ def fit(
     collator = PackedCollator(model.config, options.max_history, tuple(prefix), options.item_dropout, device, multiple)
     if device.type == "cuda":
         fuse_norms(model)
-    add_dropout(model, options.dropout)
+    add_dropout(model, options.dropout, options.dropout_by)
     add_head_dropout(model, options.head_dropout)
     model.label_smoothing, model.level_weights = options.label_smoothing, options.level_weights
     if options.tie_codes:
@@ -77,8 +79,9 @@ def fit(
     valid = HeldOut(model.config, catalogue, split.valid_history, split.valid_target, **ask)
 
     def validate() -> dict[str, float]:
-        model.copy_tied_codes()
-        return {"loss": valid.loss(model), "ndcg@10": ndcg(valid.ranks(model, VALIDATION_BEAMS), 10)}
+        with averages.used() if averages else nullcontext():
+            model.copy_tied_codes()
+            return {"loss": valid.loss(model), "ndcg@10": ndcg(valid.ranks(model, VALIDATION_BEAMS), 10)}
 
     trainer = NezhaTrainer(
         options,
@@ -93,9 +96,17 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar)
+    averages = Averages(model, options.average) if options.average else None
+    if averages:
+        trainer.add_callback(averages)
     with trainer.args.main_process_first(local=False):
         last = resumable(run_folder, identity(options, catalogue, model.config, split.train))
+    if averages and last:
+        averages.load(last)
     trainer.train(resume_from_checkpoint=last)
+    if averages and trainer.state.best_model_checkpoint:
+        averages.load(trainer.state.best_model_checkpoint)
+        averages.put()
     model.copy_tied_codes()
     model.item_loss = None
     return trainer

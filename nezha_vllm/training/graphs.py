@@ -79,10 +79,10 @@ def fuse_norms(model: nn.Module) -> None:
     """Let RMS norms be torch's own, one kernel instead of six; same figures up to rounding."""
     for module in model.modules():
         if type(module).__name__ in ("LlamaRMSNorm", "Qwen3RMSNorm"):
-            module.forward = _FusedNorm(module)  # type: ignore[method-assign]
+            module.forward = FusedNorm(module)  # type: ignore[method-assign]
 
 
-class _FusedNorm:
+class FusedNorm:
     """Of one module, whose weight it looks up at every call."""
 
     def __init__(self, module: nn.Module) -> None:

@@ -10,7 +10,7 @@ class TrainingOptions:
     """``*_rate`` are relative to ``learning_rate``; a batch counts rows of up to ``max_history`` targets each.
 
     ``level_weights``: of the levels' losses, empty for equal ones. ``tie_codes``: see ``regularise.tie_codes``;
-    ``item_loss``: weight of the loss in ``item_loss``.
+    ``item_loss``: weight of the loss in ``item_loss``; ``average``: decay a step of averaged weights, 0 for none.
     """
 
     epochs: int = 14
@@ -22,12 +22,14 @@ class TrainingOptions:
     warmup: float = 0.03
     max_history: int = 20
     dropout: float = 0.1
+    dropout_by: str = "row"
     item_dropout: float = 0.2
     head_dropout: float = 0.0
     label_smoothing: float = 0.0
     level_weights: tuple[float, ...] = ()
     tie_codes: str = ""
     item_loss: float = 0.0
+    average: float = 0.0
     patience: int = 0
     validate_every: int = 1
     select: str = "loss"
@@ -39,11 +41,13 @@ class TrainingOptions:
                 raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"the learning rate must be positive, got {self.learning_rate}")
-        for name in ("dropout", "item_dropout", "head_dropout", "label_smoothing", "warmup"):
+        for name in ("dropout", "item_dropout", "head_dropout", "label_smoothing", "average", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', ' ')} must be in [0, 1), got {getattr(self, name)}")
         if self.item_loss < 0 or any(weight <= 0 for weight in self.level_weights):
             raise ValueError(f"weights of losses must be positive, got {self.level_weights} and {self.item_loss}")
+        if self.dropout_by not in ("row", "token"):
+            raise ValueError(f"dropout by {self.dropout_by!r}, must be row or token")
         if self.tie_codes not in ("", "in", "out", "both"):
             raise ValueError(f"tie codes is {self.tie_codes!r}, must be in, out or both")
         if self.select not in ("loss", "ndcg@10"):
