@@ -17,7 +17,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
-from benchmarks import quality_tables
+from benchmarks import quality_gains, quality_tables
 from benchmarks.machine import ROOT
 from benchmarks.quality import Runner, load
 from benchmarks.quality_plan import Job, Places, Plan, Step, finished_runs, is_done, preparations, remaining, runs
@@ -271,3 +271,28 @@ def test_ranks_come_back(tmp_path):
     save_ranks(tmp_path / "deep" / "r.npz", Comparison("d", "test", 3, 9, False, 5, 9, "v", {}, ranks=ranks))
     found = load_ranks(tmp_path / "deep" / "r.npz")
     assert {name: values.tolist() for name, values in found.items()} == {n: v.tolist() for n, v in ranks.items()}
+
+
+def test_gains_are_over_the_base_of_the_same_sequences(tmp_path, capsys):
+    plan = ROOT / "benchmarks" / "plans" / "quality-search.toml"
+    figures = {
+        "beauty-file-order/base": 0.04,
+        "beauty-file-order/head-item": 0.05,
+        "beauty-letter/base": 0.042,
+        "scientific/base": 0.06,
+        "scientific/head-item": 0.063,
+    }
+    names = [job.name for job in runs(Plan.load(plan), Places(Path(), Path(), Path()))]
+    lines = ["run,dataset,data_hash,split,method,config,seed,validity,ndcg@10"]
+    config = '"{""family"": ""llama"", ""epochs"": 30, ""layers"": 2, ""hidden"": 256}"'
+    lines.append(f"beauty-file-order/base/nezha/0/older,beauty-file-order,beauty,valid,NEZHA,{config},0,stepwise,0.9")
+    for start, value in figures.items():
+        run = next(name for name in names if name.startswith(f"{start}/nezha/0"))
+        dataset = start.split("/")[0]
+        lines.append(f"{run},{dataset},{dataset[:6]},valid,NEZHA,{config},0,stepwise,{value}")
+    (tmp_path / "results.csv").write_text("\n".join(lines))
+    assert quality_gains.main([str(plan), "--results", str(tmp_path / "results.csv")]) == 0
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert ["head-item", "NEZHA", "+25.0", "+5.0", "+15.0"] in found
+    assert ["beauty-letter, base", "NEZHA", "+5.0", "", "+5.0"] in found
+    assert len(found) == 4
