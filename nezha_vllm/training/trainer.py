@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from nezha_vllm.training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
 
+EAGER = "NEZHA_EAGER_TRAINING"  # in the environment: no CUDA graphs
 QUIET_WEIGHT_DECAY = 1e-3  # relative weight decay of code embeddings and cells (method.md, training)
 
 
@@ -39,7 +41,8 @@ class NezhaTrainer(Trainer):
         super().__init__(**arguments)
         self.options, self.validate = options, validate
         one_gpu = self.args.device.type == "cuda" and self.args.world_size == 1
-        self.graphs = StepGraphs(self.model, self._loss) if one_gpu else None
+        wanted = one_gpu and not os.environ.get(EAGER)
+        self.graphs = StepGraphs(self.model, self._loss) if wanted else None
         # forward takes **kwargs, but its loss is a mean: the Trainer must average over accumulated steps
         self.model_accepts_loss_kwargs = False
 
