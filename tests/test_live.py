@@ -49,7 +49,7 @@ class Live:
     server: Server
 
     def questions(self, version: str) -> Questions:
-        return Questions([prompt(history) for history in HISTORIES], self.expected[version], N)
+        return Questions([prompt(history) for history in HISTORIES], {version: self.expected[version]}, N)
 
     def post(self, body: dict[str, Any], **headers: str) -> dict[str, Any]:
         data = json.dumps(body).encode()

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -15,6 +16,7 @@ from benchmarks.reliability.questions import Questions
 from nezha_vllm.scrape import metrics_of
 
 PATIENCE = 120.0  # seconds; a request that takes longer counts as a hang
+FOR_VLLM = {"X-Session-ID": "vLLM's own handler answers"}  # and not the short way
 
 
 @dataclass
@@ -22,11 +24,24 @@ class Tally:
     """What became of requests: by status, or by the error's name where there was none."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
+    versions: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+    asked: list[float] = field(default_factory=list)  # when, of those answered, by ``time.monotonic``
     answered: list[float] = field(default_factory=list)  # seconds each took
     refused: list[float] = field(default_factory=list)
     seconds: float = 0.0
     late: float = 0.0  # most that an open loop was behind its schedule
+
+    @classmethod
+    def of(cls, parts: Sequence[Tally]) -> Tally:
+        """Of clients that asked at the same time."""
+        found = cls(seconds=max(part.seconds for part in parts), late=max(part.late for part in parts))
+        for part in parts:
+            found.outcomes += part.outcomes
+            found.versions += part.versions
+            for name in ("problems", "asked", "answered", "refused"):
+                getattr(found, name).extend(getattr(part, name))
+        return found
 
     @property
     def per_second(self) -> float:
@@ -37,15 +52,22 @@ class Tally:
         for name, seconds in (("answered", self.answered), ("refused", self.refused)):
             if seconds:
                 p50, p99, most = np.percentile(seconds, [50, 99, 100]) * 1e3
-                text += f"; {name}: p50 {p50:.0f}, p99 {p99:.0f}, max {most:.0f} ms"
+                text += f"; {name}: p50 {p50:.1f}, p99 {p99:.1f}, max {most:.0f} ms"
         return text
 
 
 class Clients:
-    """All clients of one server. To be used as a context, inside of an event loop."""
+    """All clients of one server. To be used as a context, inside of an event loop.
 
-    def __init__(self, url: str, questions: Questions) -> None:
-        self._url, self._questions, self._rng = f"{url}/v1/completions", questions, random.Random(0)
+    Args:
+        seed: of prompts and moments.
+        for_vllm: share of the requests that go to vLLM's own handler.
+    """
+
+    def __init__(self, url: str, questions: Questions, seed: int = 0, for_vllm: float = 0.0) -> None:
+        self._url, self._questions, self._rng = f"{url}/v1/completions", questions, random.Random(seed)
+        self._bodies = [questions.body(which) for which in range(len(questions.prompts))]
+        self._for_vllm = for_vllm
 
     async def __aenter__(self) -> Clients:
         timeout = aiohttp.ClientTimeout(total=PATIENCE)
@@ -57,10 +79,13 @@ class Clients:
 
     async def ask(self, tally: Tally) -> bool:
         """One request, checked and counted; whether it was answered."""
-        which = self._rng.randrange(len(self._questions.prompts))
-        headers, begun = {"Content-Type": "application/json"}, time.monotonic()
+        which = self._rng.randrange(len(self._bodies))
+        headers = {"Content-Type": "application/json"}
+        if self._for_vllm and self._rng.random() < self._for_vllm:
+            headers |= FOR_VLLM
+        begun = time.monotonic()
         try:
-            async with self._session.post(self._url, data=self._questions.body(which), headers=headers) as response:
+            async with self._session.post(self._url, data=self._bodies[which], headers=headers) as response:
                 content = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             tally.outcomes[type(error).__name__] += 1
@@ -68,8 +93,10 @@ class Clients:
         took = time.monotonic() - begun
         tally.outcomes[str(response.status)] += 1
         if response.status == 200:
+            tally.asked.append(begun)
             tally.answered.append(took)
-            problem = self._questions.problem(which, content)
+            version, problem = self._questions.check(which, content)
+            tally.versions[version] += 1
         else:
             tally.refused.append(took)
             clear = response.status in (429, 503) and "Retry-After" in response.headers and b'"message"' in content

@@ -18,11 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.reliability.clients import Clients, Tally
 from benchmarks.reliability.questions import Questions
-from benchmarks.reliability.start import parser, split, started
+from benchmarks.reliability.start import parser, questions, split, started
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.scrape import metrics_of
 from nezha_vllm.store import Store
@@ -63,23 +64,24 @@ def shown(url: str, version: str) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     own, vllm_args = split(sys.argv[1:] if argv is None else argv)
     arguments = _parse(own)
-    questions = Questions.of_model(arguments.model, arguments.histories, arguments.n)
     with tempfile.TemporaryDirectory(prefix="nezha-clock-") as name:
         folder, catalogue = Path(name), Catalogue.load(arguments.model / "catalogue")
-        # the same items under two names, so that one set of answers is right for both
-        folders = [folder / version for version in ("even", "odd")]
-        for place in folders:
-            Catalogue.build(
-                catalogue.ids.to_pylist(), catalogue.codes, catalogue.codec.codebook_sizes, version=place.name
-            ).save(place)
+        # the same items under two names
+        catalogues = [replace(catalogue, version=name) for name in ("even", "odd")]
+        folders = [folder / version.version for version in catalogues]
+        for version, place in zip(catalogues, folders, strict=True):
+            version.save(place)
+        asked = questions(arguments, catalogues)
         store, clock = Store(folder / "store"), folder / "clock"
         store.publish(folders[0])
         clock.write_text("+0")
         os.environ |= {"LD_PRELOAD": str(arguments.libfaketime), "FAKETIME_TIMESTAMP_FILE": str(clock)}
         os.environ |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1", "FAKETIME_NO_CACHE": "1"}
         options = {"nezha": {"catalogue": str(store.folder), "catalogue_poll_seconds": POLL}}
-        with started(arguments.model, ["--additional-config", json.dumps(options), *vllm_args]) as server:
-            tally, missed = asyncio.run(run(server.url, questions, store, folders, clock))
+        with started(
+            arguments.model, ["--additional-config", json.dumps(options), *vllm_args], arguments.dtype
+        ) as server:
+            tally, missed = asyncio.run(run(server.url, asked, store, folders, clock))
     print(f"{tally}; {missed} of {len(JUMPS)} publications not taken up")
     return 1 if tally.problems or missed or set(tally.outcomes) != {"200"} else 0
 

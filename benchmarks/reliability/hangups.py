@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from benchmarks.reliability.clients import Clients, Tally, under_way
 from benchmarks.reliability.processes import processes, resident_bytes
 from benchmarks.reliability.questions import Questions
-from benchmarks.reliability.start import parser, split, started
+from benchmarks.reliability.start import parser, questions, split, started
 from nezha_vllm.scrape import metrics_of
 
 KINDS = ("upload", "wait", "stream")
@@ -82,12 +82,12 @@ def open_files(group: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     own, vllm_args = split(sys.argv[1:] if argv is None else argv)
     arguments = _parse(own)
-    questions = Questions.of_model(arguments.model, arguments.histories, arguments.n)
-    with started(arguments.model, vllm_args) as server:
+    asked = questions(arguments)
+    with started(arguments.model, vllm_args, arguments.dtype) as server:
         group = server.process.pid
-        asyncio.run(run(server.url, questions, arguments.count // 10, arguments.at_once))  # warm-up
+        asyncio.run(run(server.url, asked, arguments.count // 10, arguments.at_once))  # warm-up
         before, memory, files = metrics_of(server.url, 30), resident_bytes(group), open_files(group)
-        tally, idle = asyncio.run(run(server.url, questions, arguments.count, arguments.at_once))
+        tally, idle = asyncio.run(run(server.url, asked, arguments.count, arguments.at_once))
         grown = {name: (size - memory[name]) >> 20 for name, size in resident_bytes(group).items()}
         counted = metrics_of(server.url, 30).since(before).by("nezha_requests_total", "outcome")
         more, tracebacks = open_files(group) - files, server.log.read_text(errors="replace").count("Traceback")

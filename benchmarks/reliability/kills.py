@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from benchmarks.reliability.clients import Clients, Tally
 from benchmarks.reliability.processes import processes
 from benchmarks.reliability.questions import Questions
-from benchmarks.reliability.start import parser, split, started
+from benchmarks.reliability.start import parser, questions, split, started
 from nezha_vllm.server import Server
 
 LONGEST = 30.0  # seconds that a client may wait, and the server may take to end
@@ -54,13 +54,13 @@ async def kill_under_load(server: Server, questions: Questions, victim: str, cli
 def main(argv: Sequence[str] | None = None) -> int:
     own, vllm_args = split(sys.argv[1:] if argv is None else argv)
     arguments = _parse(own)
-    questions = Questions.of_model(arguments.model, arguments.histories, arguments.n)
+    asked = questions(arguments)
     failures = 0
     for victim in arguments.victims:
         more = ["--api-server-count", "2"] if victim.startswith("APIServer") else []
-        with started(arguments.model, [*more, *vllm_args]) as server:
+        with started(arguments.model, [*more, *vllm_args], arguments.dtype) as server:
             begun = time.monotonic()
-            tally, longest = asyncio.run(kill_under_load(server, questions, victim, arguments.clients))
+            tally, longest = asyncio.run(kill_under_load(server, asked, victim, arguments.clients))
             seconds, left = time.monotonic() - begun - 1.0, processes(server.process.pid)
             status = server.process.poll()
             wrong = [problem for problem in tally.problems if not problem.startswith("status 5")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,8 +47,23 @@ def resident_bytes(group: int) -> dict[str, int]:
     return found
 
 
+def used_bytes(group: int) -> dict[str, int]:
+    """`resident_bytes`, and of each GPU of the machine what anything uses of its memory."""
+    return resident_bytes(group) | gpu_bytes()
+
+
+def gpu_bytes() -> dict[str, int]:
+    """Empty without nvidia-smi. Of whole GPUs: in a container it does not know the processes."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    argv = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(argv, capture_output=True, text=True).stdout.splitlines()
+    rows = [line.split(",") for line in lines if re.fullmatch(r"\d+, *\d+", line)]
+    return {f"GPU {index}": int(used) << 20 for index, used in rows}
+
+
 def print_memory(samples: Sequence[dict[str, int]]) -> None:
-    """What became of each process's memory over a run, from samples of `resident_bytes` in order."""
+    """What became of each process's memory over a run, from samples of `used_bytes` in order."""
     fifth = max(1, len(samples) // 5)
     for name in samples[-1]:
         sizes = [sample[name] / 2**20 for sample in samples if name in sample]

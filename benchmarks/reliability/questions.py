@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,52 +19,98 @@ from nezha_vllm.client import prompt
 
 @dataclass(frozen=True)
 class Questions:
-    """Prompts and the n best items of each, with scores that may be off by ``tolerance``."""
+    """Prompts and the best items of each by catalogue version, with scores that may be off by ``tolerance``.
+
+    More than ``n`` of them may be known: then what comes in where scores are nearly equal is checked as well.
+    """
 
     prompts: list[str]
-    expected: list[Ranking]
+    expected: Mapping[str, list[Ranking]]
     n: int
     tolerance: float = TOLERANCE
+    beam_width: int | None = None
 
     @classmethod
-    def of_model(cls, checkpoint: Path, count: int, n: int) -> Questions:
-        """As transformers answers in float32."""
-        catalogue, histories = _histories(checkpoint, count)
-        (expected,) = rankings(checkpoint, [catalogue], histories, n).values()
-        return cls([prompt(history) for history in histories], list(expected), n)
+    def of_model(
+        cls,
+        checkpoint: Path,
+        catalogues: Sequence[Catalogue],
+        histories: Sequence[Sequence[str]],
+        n: int,
+        *,
+        depth: int | None = None,
+        beam_width: int | None = None,
+        dtype: str = "float32",
+        tolerance: float = TOLERANCE,
+    ) -> Questions:
+        """As transformers answers, in a process of its own that leaves no memory in use, on a GPU neither."""
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            asked = (checkpoint, catalogues, histories, depth or n, beam_width, dtype)
+            expected = process.submit(rankings, *asked).result()
+        return cls([prompt(history) for history in histories], expected, n, tolerance, beam_width)
 
     @classmethod
-    def of_server(cls, url: str, checkpoint: Path, count: int, n: int, tolerance: float) -> Questions:
-        """As a server answers when it has nothing else to do: for other precisions than float32."""
-        prompts = [prompt(history) for history in _histories(checkpoint, count)[1]]
-        asked = cls(prompts, [], n, tolerance)
-        expected = []
-        for which in range(count):
+    def of_server(
+        cls,
+        url: str,
+        histories: Sequence[Sequence[str]],
+        n: int,
+        *,
+        depth: int | None = None,
+        beam_width: int | None = None,
+        tolerance: float = TOLERANCE,
+    ) -> Questions:
+        """As a server with one catalogue answers when it has nothing else to do."""
+        prompts = [prompt(history) for history in histories]
+        deep = cls(prompts, {}, depth or n, tolerance, beam_width)
+        expected: dict[str, list[Ranking]] = {}
+        for which in range(len(prompts)):
             request = urllib.request.Request(
-                f"{url}/v1/completions", asked.body(which), {"Content-Type": "application/json"}
+                f"{url}/v1/completions", deep.body(which), {"Content-Type": "application/json"}
             )
             with urllib.request.urlopen(request, timeout=60) as response:
-                expected.append(_ranking(json.loads(response.read())))
-        return cls(prompts, expected, n, tolerance)
+                version, ranking = _read(response.read())
+            expected.setdefault(version, []).append(ranking)
+        return cls(prompts, expected, n, tolerance, beam_width)
 
     def body(self, which: int, **fields: Any) -> bytes:
+        if self.beam_width is not None:
+            fields["vllm_xargs"] = {"beam_width": self.beam_width}
         return json.dumps({"prompt": self.prompts[which], "n": self.n, **fields}).encode()
 
-    def problem(self, which: int, content: bytes) -> str | None:
-        """What is wrong with an answer to a request."""
+    def check(self, which: int, content: bytes) -> tuple[str, str | None]:
+        """The version that answered a request, and what is wrong with its answer."""
         try:
-            found = _ranking(json.loads(content))
+            version, found = _read(content)
         except (KeyError, TypeError, ValueError) as error:
-            return f"no answer but {content[:200]!r} ({error!r})"
-        wrong = difference(found, self.expected[which], self.tolerance)
-        return None if wrong is None else f"prompt {which}: {wrong}"
+            return "none", f"no answer but {content[:200]!r} ({error!r})"
+        if version not in self.expected:
+            return version, f"an answer of version {version}"
+        wrong = difference(found, self.expected[version][which], self.tolerance, self.n)
+        return version, None if wrong is None else f"version {version}, prompt {which}: {wrong}"
+
+    def mistakable(self) -> str:
+        """How many expected answers would pass for that of another prompt or version: what the check cannot see."""
+        known = [(version, ranking) for version, rankings in self.expected.items() for ranking in rankings]
+        passing = sum(
+            difference(one[: self.n], other, self.tolerance, self.n) is None
+            for place, (_, one) in enumerate(known)
+            for index, (_, other) in enumerate(known)
+            if index != place
+        )
+        return f"{passing} of {len(known) * (len(known) - 1):,} pairs of different answers pass for each other"
 
 
-def _histories(checkpoint: Path, count: int) -> tuple[Catalogue, list[list[str]]]:
-    catalogue, rng = Catalogue.load(checkpoint / "catalogue"), random.Random(0)
-    items = catalogue.ids.to_pylist()
-    return catalogue, [rng.choices(items, k=rng.randint(1, 20)) for _ in range(count)]
+def some_histories(catalogue: Catalogue, count: int) -> list[list[str]]:
+    """Random ones of 1 to 20 items."""
+    rng, items = random.Random(0), catalogue.ids.to_pylist()
+    return [rng.choices(items, k=rng.randint(1, 20)) for _ in range(count)]
 
 
-def _ranking(answer: dict[str, Any]) -> Sequence[tuple[str, float]]:
-    return [(choice["text"], choice["score"]) for choice in answer["choices"]]
+def _read(content: bytes) -> tuple[str, Ranking]:
+    """Version and items. Raises ``ValueError`` where the choices are of several versions, or there is none."""
+    choices = json.loads(content)["choices"]
+    versions = {choice["catalogue_version"] for choice in choices}
+    if len(versions) != 1:
+        raise ValueError(f"versions {sorted(versions)}")
+    return versions.pop(), [(choice["text"], choice["score"]) for choice in choices]

@@ -1,4 +1,4 @@
-"""Starting the server that a measurement is about."""
+"""Starting the server that a measurement is about, and what it is asked."""
 
 from __future__ import annotations
 
@@ -8,17 +8,40 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.reliability.questions import Questions, some_histories
+from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.server import Server, free_port
+
+# on scores; 1B of bfloat16 differ by up to 0.14 between one batch and another
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.25}
 
 
 @contextmanager
-def started(checkpoint: Path, vllm_args: Sequence[str] = ()) -> Iterator[Server]:
-    """A server in float32 that is ready; its log is in ``server.log`` until it ends."""
+def started(checkpoint: Path, vllm_args: Sequence[str] = (), dtype: str = "float32") -> Iterator[Server]:
+    """A server that is ready; its log is in ``server.log`` until it ends."""
     with tempfile.TemporaryDirectory(prefix="nezha-reliability-") as folder:
-        given = ["--dtype", "float32", "--disable-uvicorn-access-log", *vllm_args]
+        given = ["--dtype", dtype, "--disable-uvicorn-access-log", *vllm_args]
         with Server(checkpoint, free_port(), arguments=given, log=Path(folder, "log.txt")) as server:
             print(f"ready after {server.wait_until_ready(timeout=900):.0f} s", flush=True)
             yield server
+
+
+def questions(arguments: argparse.Namespace, catalogues: Sequence[Catalogue] = (), url: str | None = None) -> Questions:
+    """What `parser` has arguments for, answered by transformers for these catalogues or by the server at ``url``.
+
+    Without catalogues it is the checkpoint's own.
+    """
+    own = Catalogue.load(arguments.model / "catalogue")
+    histories = some_histories(own, arguments.histories)
+    tolerance = TOLERANCES[arguments.dtype] if arguments.tolerance is None else arguments.tolerance
+    more = {"depth": arguments.depth, "beam_width": arguments.beam_width, "tolerance": tolerance}
+    if url is not None:
+        found = Questions.of_server(url, histories, arguments.n, **more)
+    else:
+        asked = (arguments.model, catalogues or [own], histories, arguments.n)
+        found = Questions.of_model(*asked, dtype=arguments.dtype, **more)
+    print(found.mistakable(), flush=True)
+    return found
 
 
 def bare_parser(description: str | None) -> argparse.ArgumentParser:
@@ -37,6 +60,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     found = bare_parser(description)
     found.add_argument("--histories", type=int, default=64, help="different prompts (default %(default)s)")
     found.add_argument("--n", type=int, default=10, help="items of an answer (default %(default)s)")
+    found.add_argument("--depth", type=int, help="items of the expected ones, where scores are inexact; default n")
+    found.add_argument("--beam-width", type=int, metavar="K", help="default: the checkpoint's")
+    found.add_argument("--dtype", choices=TOLERANCES, default="float32", help="of server and model (%(default)s)")
+    tolerances = ", ".join(f"{tolerance:g} in {dtype}" for dtype, tolerance in TOLERANCES.items())
+    found.add_argument("--tolerance", type=float, help=f"on scores; default {tolerances}")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,14 @@ def versions_of(catalogue: Catalogue, names: Sequence[str], keep: Sequence[str] 
 
 
 def rankings(
-    checkpoint: Path, catalogues: Sequence[Catalogue], histories: Sequence[Sequence[str]], n: int
+    checkpoint: Path,
+    catalogues: Sequence[Catalogue],
+    histories: Sequence[Sequence[str]],
+    n: int,
+    beam_width: int | None = None,
+    dtype: str = "float32",
 ) -> dict[str, list[Ranking]]:
-    """What each version answers to each history, by transformers in float32."""
+    """What each version answers to each history, by transformers and PyTorch's operations; on a GPU if there is one."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -51,25 +57,35 @@ def rankings(
     from nezha_vllm.hf.recommend import recommend
 
     register_models()
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    return {
-        catalogue.version: [
-            [(item.item_id, item.score) for item in recommend(model, [history], n, catalogue=catalogue)[0]]
-            for history in histories
-        ]
-        for catalogue in catalogues
-    }
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def ranking(catalogue: Catalogue, history: Sequence[str]) -> Ranking:
+        [items] = recommend(model, [history], n, catalogue=catalogue, beam_width=beam_width, kernels=False)
+        return [(item.item_id, item.score) for item in items]
+
+    return {catalogue.version: [ranking(catalogue, history) for history in histories] for catalogue in catalogues}
 
 
-def difference(found: Ranking, expected: Ranking, tolerance: float = TOLERANCE) -> str | None:
-    """What is wrong with an answer; items may change places where their scores are as good as equal."""
-    if len(found) != len(expected):
-        return f"{len(found)} items instead of {len(expected)}"
-    last = expected[-1][1]
-    for rank, ((item, score), (other, reference)) in enumerate(zip(found, expected, strict=True)):
-        if abs(score - reference) > tolerance:
-            return f"rank {rank}: score {score} instead of {reference}"
-        near = {name for name, value in expected if abs(value - reference) <= 2 * tolerance}
-        if item != other and item not in near and abs(last - reference) > 2 * tolerance:
-            return f"rank {rank}: {item} instead of {other}"
+def difference(found: Ranking, expected: Ranking, tolerance: float = TOLERANCE, n: int | None = None) -> str | None:
+    """What is wrong with an answer of ``n`` items, by default as many as expected.
+
+    Items whose scores are as good as equal may change places. That goes for the last place too, so that with a large
+    tolerance only more expected items than ``n`` say which ones may come in.
+    """
+    n = min(len(expected), n or len(expected))
+    if len(found) != n:
+        return f"{len(found)} items instead of {n}"
+    names, scores = [item for item, _ in found], [score for _, score in found]
+    if len(set(names)) < n or any(below > above for above, below in pairwise(scores)):
+        return f"twice the same item, or not in the order of their scores: {found}"
+    known = dict(expected)
+    for rank, (item, score) in enumerate(found):
+        if item not in known and score > expected[-1][1] + tolerance:
+            return f"rank {rank}: {item}, which is not among the {len(expected)} best"
+        if abs(score - known.get(item, score)) > tolerance:
+            return f"rank {rank}: {item} with {score} instead of {known[item]}"
+    for item, score in expected:
+        if item not in names and score > scores[-1] + tolerance:
+            return f"{item} with {score} is missing"
     return None

@@ -52,6 +52,7 @@ def recommend(
     beam_width: int | None = None,
     validity: str | None = None,
     prefix: Sequence[int] = (),
+    kernels: bool = True,
 ) -> list[list[Recommendation]]:
     """The n best items for each history, best first; fewer if the beams hold fewer valid items.
 
@@ -60,6 +61,7 @@ def recommend(
         n: number of items wanted, at most ``beam_width``.
         beam_width, validity: default from the checkpoint's configuration.
         prefix: token ids in front of the history, see ``prompt.prefix_token_ids``.
+        kernels: on a GPU, search by the Triton kernels; without them PyTorch's operations alone answer.
 
     Raises:
         ValueError: levels that differ, an empty history, n or validity out of range.
@@ -68,7 +70,9 @@ def recommend(
     width = model.config.beam_width if beam_width is None else beam_width
     if not 1 <= n <= width:
         raise ValueError(f"n is {n}, must be between 1 and the beam width, {width}")
-    beams = search(model, histories, catalogue=catalogue, beam_width=width, validity=validity, prefix=prefix)
+    beams = search(
+        model, histories, catalogue=catalogue, beam_width=width, validity=validity, prefix=prefix, kernels=kernels
+    )
     return [_items(beams, row, n, catalogue, model.config.shared_ids) for row in range(len(histories))]
 
 
@@ -81,10 +85,11 @@ def search(
     beam_width: int | None = None,
     validity: str | None = None,
     prefix: Sequence[int] = (),
+    kernels: bool = True,
 ) -> Beams:
     """The beams behind ``recommend``, one row a history."""
     prompts = history_prompts(model.config, catalogue, histories, prefix)
-    return searcher(model, catalogue, beam_width, validity)(*pad_left(prompts, model.device))
+    return searcher(model, catalogue, beam_width, validity, kernels)(*pad_left(prompts, model.device))
 
 
 def searcher(
