@@ -112,7 +112,8 @@ class Catalogue:
         if weight.min() != weight.max():
             order = order[np.argsort(-weight[order], kind="stable")]
         order = order[np.argsort(key[order], kind="stable")].astype(np.int64)
-        keys, first = np.unique(key[order], return_index=True)
+        key = key[order]
+        first = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
         row = np.empty(count, np.int64)
         row[order] = np.arange(count)
         take = pa.array(order)
@@ -129,7 +130,7 @@ class Catalogue:
             codec,
             version or _content_version(codec, items),
             items,
-            keys,
+            key[first],
             np.append(first, count).astype(np.int64),
             row[by_id],
         )

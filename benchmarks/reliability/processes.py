@@ -36,12 +36,21 @@ def resident_bytes(group: int) -> dict[str, int]:
 
     Pages of mapped files are left out: the kernel takes them back when it needs them, and processes share them.
     """
+    return _memory(group, "RssAnon")
+
+
+def file_bytes(group: int) -> dict[str, int]:
+    """Pages of mapped files that are in memory for each process; those of libraries among them."""
+    return _memory(group, "RssFile")
+
+
+def _memory(group: int, field: str) -> dict[str, int]:
     found = {}
     for name, number in processes(group).items():
         try:
             status = Path(f"/proc/{number}/status").read_text()
             fields = dict(line.split(":", 1) for line in status.splitlines())
-            found[name] = int(fields["RssAnon"].split()[0]) << 10
+            found[name] = int(fields[field].split()[0]) << 10
         except (ProcessLookupError, FileNotFoundError, KeyError):  # it ended, or is ending
             continue
     return found

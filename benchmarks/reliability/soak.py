@@ -2,9 +2,10 @@
 
 `python -m benchmarks.reliability.soak --model DIR --seconds 300 --swap-every 5`
 
-The versions differ in items and codes; each second publication is followed by a rollback. A fifth of the requests goes
-to vLLM's own handler. Prints how many answers came of each version, what was wrong, latency in the second after a swap
-and otherwise, and the memory of each process.
+The versions differ in items and codes, or are those of `--catalogues`, with the items of the checkpoint's own; each
+second publication is followed by a rollback. A fifth of the requests goes to vLLM's own handler. Prints how many
+answers came of each version, what was wrong, latency in the second after a swap and otherwise, and the memory of each
+process.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +26,11 @@ import numpy as np
 from benchmarks.reliability.clients import Tally
 from benchmarks.reliability.crowd import Crowd
 from benchmarks.reliability.processes import print_memory, used_bytes
-from benchmarks.reliability.questions import some_histories
+from benchmarks.reliability.questions import Questions, some_histories
 from benchmarks.reliability.start import parser, questions, split
 from benchmarks.reliability.versions import versions_of
 from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.scrape import metrics_of
 from nezha_vllm.server import Server, free_port
 from nezha_vllm.store import Store
 
@@ -38,9 +41,9 @@ FOR_VLLM = 0.2  # of the requests go to vLLM's own handler
 class Swaps(threading.Thread):
     """Publications and rollbacks until ``stop``: when each was, and memory before it."""
 
-    def __init__(self, store: Store, folder: Path, every: float, group: int) -> None:
+    def __init__(self, store: Store, folders: Sequence[Path], every: float, group: int) -> None:
         super().__init__()
-        self._store, self._folder, self._every, self._group = store, folder, every, group
+        self._store, self._folders, self._every, self._group = store, folders, every, group
         self.stop = threading.Event()
         self.times: list[float] = []
         self.memory = [used_bytes(group)]
@@ -51,7 +54,8 @@ class Swaps(threading.Thread):
             if len(self.times) % 3 == 2:
                 pointer = self._store.rollback()
             else:
-                pointer, _ = self._store.publish(self._folder / NAMES[(len(self.times) + 1) % len(NAMES)], force=True)
+                folder = self._folders[(len(self.times) + 1) % len(self._folders)]
+                pointer, _ = self._store.publish(folder, force=True)
             self.times.append(time.monotonic())
             largest = ", ".join(f"{name} {size >> 20}" for name, size in self.memory[-1].items() if size > 50 << 20)
             print(f"{len(self.times):4} {pointer.version:6} MiB: {largest}", flush=True)
@@ -65,22 +69,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace, vllm_args: list[str], folder: Path) -> int:
-    own = Catalogue.load(arguments.model / "catalogue")
-    histories = some_histories(own, arguments.histories)
-    versions = versions_of(own, NAMES, keep={item for history in histories for item in history})
-    asked = questions(arguments, versions)
-    store = Store(folder / "store")
-    for version in versions:
-        version.save(folder / version.version)
-    store.publish(folder / NAMES[0])
+    asked, folders = None, arguments.catalogues
+    if not folders:
+        own = Catalogue.load(arguments.model / "catalogue")
+        histories = some_histories(own, arguments.histories)
+        versions = versions_of(own, NAMES, keep={item for history in histories for item in history})
+        asked, folders = questions(arguments, versions), [folder / name for name in NAMES]
+        for version, place in zip(versions, folders, strict=True):
+            version.save(place)
+    store = Store(arguments.store or folder / "store")
+    store.publish(folders[0], force=True)
     options = {"nezha": {"catalogue": str(store.folder), "catalogue_poll_seconds": arguments.poll}}
     vllm_args = ["--dtype", arguments.dtype, "--additional-config", json.dumps(options), *vllm_args]
     log = arguments.keep_log or folder / "log.txt"
     with Server(arguments.model, free_port(), arguments=vllm_args, log=log) as server:
         print(f"ready after {server.wait_until_ready(timeout=900):.0f} s", flush=True)
+        asked = asked or _as_it_answers(arguments, server.url, store, folders)
         with Crowd(server.url, asked, arguments.processes, FOR_VLLM) as crowd:
             warm_up = crowd.closed_loop(arguments.clients, 3.0)
-            swaps = Swaps(store, folder, arguments.swap_every, server.process.pid)
+            swaps = Swaps(store, folders, arguments.swap_every, server.process.pid)
             swaps.start()
             try:
                 tally = crowd.closed_loop(arguments.clients, arguments.seconds)
@@ -93,15 +100,33 @@ def run(arguments: argparse.Namespace, vllm_args: list[str], folder: Path) -> in
     return _report(Tally.of([warm_up, tally]), swaps.times, told, memory)
 
 
+def _as_it_answers(arguments: argparse.Namespace, url: str, store: Store, folders: Sequence[Path]) -> Questions:
+    """What a quiet server answers by each version, the first one last."""
+    parts = []
+    for folder in [*folders[1:], folders[0]]:
+        version = store.publish(folder, force=True)[0].version
+        while not metrics_of(url, timeout=30).total("nezha_catalogue_info", version=version):
+            time.sleep(0.2)
+        time.sleep(2 * arguments.poll)  # all API processes
+        parts.append(questions(arguments, url=url))
+    found = replace(parts[0], expected={version: part.expected[version] for part in parts for version in part.expected})
+    assert len(found.expected) == len(folders), f"{len(folders)} catalogues answered as {list(found.expected)}"
+    print(found.mistakable(), flush=True)
+    return found
+
+
 def _report(tally: Tally, swaps: Sequence[float], told: Sequence[str], memory: Sequence[dict[str, int]]) -> int:
     when, took = np.array(tally.asked), np.array(tally.answered)
     since = when - np.array([0.0, *swaps])[np.searchsorted(swaps, when)]
     near = since < 1.0
-    results = Counter(json.loads(line[line.index("{") :])["result"] for line in told)
+    lines = [json.loads(line[line.index("{") :]) for line in told]
+    results = Counter(line["result"] for line in lines)
     print(f"{tally}, versions {dict(tally.versions)}")
     for problem in tally.problems[:5]:
         print(f"  wrong: {problem}")
-    print(f"{len(swaps)} publications and rollbacks, of which the server says {dict(results)}")
+    print(f"{len(swaps)} publications and rollbacks, of which the server says {dict(results)}", end="")
+    seconds = [line["seconds"] for line in lines]
+    print(f", after {np.median(seconds):.2f} s at the median, {max(seconds):.2f} at most" if seconds else "")
     for name, part in (("in the second after one", took[near]), ("otherwise", took[~near])):
         if len(part):
             quantiles = np.percentile(part, [50, 99, 99.9]) * 1e3
@@ -117,6 +142,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     found.add_argument("--poll", type=float, default=1.0, metavar="S", help="the server's (default %(default)s)")
     found.add_argument("--clients", type=int, default=4)
     found.add_argument("--processes", type=int, default=1, help="that the clients are spread over (%(default)s)")
+    found.add_argument("--catalogues", type=Path, nargs="+", metavar="DIR", help="expected is what each answers alone")
+    found.add_argument("--store", type=Path, metavar="DIR", help="default: a temporary one")
     found.add_argument("--keep-log", type=Path, metavar="FILE", help="where the server's log goes")
     return found.parse_args(argv)
 

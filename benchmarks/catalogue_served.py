@@ -1,0 +1,58 @@
+"""What the size of a catalogue changes for a server: start, memory, and requests of the same histories.
+
+    python -m benchmarks.catalogue_served --model DIR --catalogues DIR/catalogue build/large -- --api-server-count 4
+
+Catalogues must have the items of the checkpoint's own, as random ones have. Each server answers every prompt once when
+it is quiet, and every later answer is compared with that one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.reliability.crowd import Crowd
+from benchmarks.reliability.processes import file_bytes, used_bytes
+from benchmarks.reliability.start import parser, questions, split, started
+
+
+def measure(arguments: argparse.Namespace, catalogue: Path, vllm_args: Sequence[str]) -> int:
+    """How many answers were wrong or missing."""
+    print(f"{catalogue}:", flush=True)
+    options = json.dumps({"nezha": {"catalogue": str(catalogue.resolve())}})
+    wrong = 0
+    with started(arguments.model, ["--additional-config", options, *vllm_args], arguments.dtype) as server:
+        group, asked = server.process.pid, questions(arguments, url=server.url)
+        with Crowd(server.url, asked, arguments.processes) as crowd:
+            crowd.closed_loop(max(arguments.clients), 3.0)  # warm-up
+            for count in arguments.clients:
+                tally = crowd.closed_loop(count, arguments.seconds)
+                print(f"  {count} clients, K {asked.beam_width}, n {asked.n}: {tally}", flush=True)
+                wrong += len(tally.problems) + sum(tally.outcomes.values()) - tally.outcomes["200"]
+                print(*(f"    wrong: {problem}\n" for problem in tally.problems[:3]), end="")
+        files = file_bytes(group)
+        for name, size in used_bytes(group).items():
+            print(f"  {name}: {size >> 20} MiB of its own, {files.get(name, 0) >> 20} MiB of files")
+    return wrong
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    own, vllm_args = split(sys.argv[1:] if argv is None else argv)
+    found = parser(__doc__)
+    found.add_argument("--catalogues", type=Path, nargs="+", required=True, metavar="DIR", help="a server for each")
+    found.add_argument("--clients", type=int, nargs="+", default=[1, 64], help="default 1 64")
+    found.add_argument("--processes", type=int, default=1, help="that the clients are spread over (%(default)s)")
+    found.add_argument("--seconds", type=float, default=10.0, help="of each count of clients (default %(default)s)")
+    arguments = found.parse_args(own)
+    return 1 if sum([measure(arguments, catalogue, vllm_args) for catalogue in arguments.catalogues]) else 0
+
+
+if __name__ == "__main__":
+    begun = time.monotonic()
+    status = main()
+    print(f"{time.monotonic() - begun:.0f} s in all")
+    sys.exit(status)
