@@ -7,7 +7,7 @@ import random
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ class Questions:
     ) -> Questions:
         """As transformers answers, in a process of its own that leaves no memory in use, on a GPU neither."""
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            asked = (checkpoint, catalogues, histories, depth or n, beam_width, dtype)
+            fresh = [replace(catalogue) for catalogue in catalogues]  # an index cannot be sent to a process
+            asked = (checkpoint, fresh, histories, depth or n, beam_width, dtype)
             expected = process.submit(rankings, *asked).result()
         return cls([prompt(history) for history in histories], expected, n, tolerance, beam_width)
 
