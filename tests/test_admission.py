@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 
 pytest.importorskip("vllm")
 from vllm.entrypoints.openai.completion.api_router import attach_router
@@ -17,9 +17,10 @@ from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
 from nezha_vllm.frontend.admission import Admission
+from nezha_vllm.frontend.checked_route import use
 from nezha_vllm.frontend.install import completions_route
 from nezha_vllm.frontend.outcome import Outcome
-from nezha_vllm.frontend.short_way import shorten
+from nezha_vllm.frontend.short_way import CountedRoute, shorten
 
 
 class Slow:
@@ -38,24 +39,34 @@ def served(handler: Slow, admission: Admission) -> FastAPI:
     shorten(completions_route())
     app = FastAPI()
     attach_router(app)
+
+    @app.post("/invocations")
+    async def invocations(request: Request) -> CompletionResponse:
+        return await handler.create_completion(None, request)
+
+    use(app.routes[-1], CountedRoute)  # as `install` does with vLLM's
     app.state.openai_serving_completion, app.state.enable_server_load_tracking = handler, False
     app.state.nezha_short_way = SimpleNamespace(open=False, admission=admission)
     return app
 
 
 def run(
-    most: int, searches: int, test: Callable[[Slow, Callable[[], Awaitable[httpx.Response]]], Awaitable[None]]
+    most: int,
+    searches: int,
+    test: Callable[[Slow, Callable[[], Awaitable[httpx.Response]]], Awaitable[None]],
+    path: str = "/v1/completions",
 ) -> None:
     async def main() -> None:
         handler = Slow()
         transport = httpx.ASGITransport(served(handler, Admission(most, lambda: searches)))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            await test(handler, lambda: client.post("/v1/completions", json={"prompt": "<item:1>"}))
+            await test(handler, lambda: client.post(path, json={"prompt": "<item:1>"}))
 
     asyncio.run(main())
 
 
-def test_more_requests_than_the_limit_are_turned_away_and_later_ones_answered() -> None:
+@pytest.mark.parametrize("path", ["/v1/completions", "/invocations"])
+def test_more_requests_than_the_limit_are_turned_away_and_later_ones_answered(path: str) -> None:
     async def test(handler: Slow, ask: Callable[[], Any]) -> None:
         asked = [asyncio.create_task(ask()) for _ in range(2)]
         while handler.begun < 2:
@@ -68,7 +79,7 @@ def test_more_requests_than_the_limit_are_turned_away_and_later_ones_answered() 
         handler.go_on.set()
         assert [(await answer).status_code for answer in [*asked, ask()]] == [200, 200, 200]
 
-    run(2, 0, test)
+    run(2, 0, test, path)
 
 
 @pytest.mark.parametrize(("most", "searches", "status"), [(8, 7, 200), (8, 8, 503), (0, 10_000, 200)])

@@ -62,7 +62,7 @@ def test_a_request_inside_of_another_is_part_of_it_until_that_has_ended(catalogu
 def test_a_request_by_another_route_is_one_request_too(
     catalogues: dict[str, Catalogue], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As by /invocations: vLLM's handler is called, and no route of ours."""
+    """vLLM's handler is called, and no route of ours."""
     before, after = service(catalogues["a"], Path()), service(catalogues["b"], Path())
     monkeypatch.setattr(install, "service_of", lambda _: before)
     monkeypatch.setattr("nezha_vllm.frontend.completions.prepare", lambda request, _: request)

@@ -228,18 +228,19 @@ def test_what_cannot_be_taken_up_is_refused_in_one_line_and_the_old_version_serv
 
 
 def test_a_burst_beyond_the_limit_is_told_to_come_back_and_what_is_answered_is_right(live: Live) -> None:
-    async def burst() -> tuple[Tally, Tally]:
-        async with Clients(live.url, live.questions("two")) as clients:
+    async def burst(path: str) -> tuple[Tally, Tally]:
+        async with Clients(live.url, live.questions("two"), path=path) as clients:
             # all at once: at any rate of arrivals there is a machine that is fast enough to answer them
             return await clients.closed_loop(200, 0.5), await clients.closed_loop(8, 0.5)
 
     live.publish("two")
     live.wait_for("two")
-    during, behind = asyncio.run(burst())
-    assert not during.problems
-    assert during.outcomes.keys() == {"200", "503"}
-    assert not behind.problems
-    assert behind.outcomes.keys() == {"200"}
+    for path in ("/v1/completions", "/invocations"):
+        during, behind = asyncio.run(burst(path))
+        assert not during.problems
+        assert during.outcomes.keys() == {"200", "503"}
+        assert not behind.problems
+        assert behind.outcomes.keys() == {"200"}
 
 
 def test_clients_that_leave_leave_nothing_behind(live: Live) -> None:

@@ -64,8 +64,10 @@ class Clients:
         for_vllm: share of the requests that go to vLLM's own handler.
     """
 
-    def __init__(self, url: str, questions: Questions, seed: int = 0, for_vllm: float = 0.0) -> None:
-        self._url, self._questions, self._rng = f"{url}/v1/completions", questions, random.Random(seed)
+    def __init__(
+        self, url: str, questions: Questions, seed: int = 0, for_vllm: float = 0.0, path: str = "/v1/completions"
+    ) -> None:
+        self._url, self._questions, self._rng = url + path, questions, random.Random(seed)
         self._bodies = [questions.body(which) for which in range(len(questions.prompts))]
         self._for_vllm = for_vllm
 

@@ -60,7 +60,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     found = bare_parser(description)
     found.add_argument("--histories", type=int, default=64, help="different prompts (default %(default)s)")
     found.add_argument("--n", type=int, default=10, help="items of an answer (default %(default)s)")
-    found.add_argument("--depth", type=int, help="items of the expected ones, where scores are inexact; default n")
+    found.add_argument("--depth", type=int, help="expected items a prompt, where scores are inexact; default n")
     found.add_argument("--beam-width", type=int, metavar="K", help="default: the checkpoint's")
     found.add_argument("--dtype", choices=TOLERANCES, default="float32", help="of server and model (%(default)s)")
     tolerances = ", ".join(f"{tolerance:g} in {dtype}" for dtype, tolerance in TOLERANCES.items())

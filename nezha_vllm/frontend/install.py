@@ -38,14 +38,15 @@ def install() -> None:
             setattr(owner, name, classmethod(wrapped) if isinstance(original, classmethod) else wrapped)
             _INSTALLED.add((owner, name))
     shorten(route)
-    _check_invocations()
+    _count_invocations()
 
 
-def _check_invocations() -> None:
+def _count_invocations() -> None:
     """Amazon SageMaker's name for /v1/completions: made anew for each application, and not by a router."""
     from vllm.entrypoints.serve.sagemaker import api_router
 
-    from nezha_vllm.frontend.checked_route import CheckedRoute, use
+    from nezha_vllm.frontend.checked_route import use
+    from nezha_vllm.frontend.short_way import CountedRoute
 
     original = api_router.attach_router
     if hasattr(original, "__wrapped__"):
@@ -56,7 +57,7 @@ def _check_invocations() -> None:
         original(app, *args, **kwargs)
         for route in app.routes:
             if isinstance(route, APIRoute) and route.path == "/invocations":
-                use(route, CheckedRoute)
+                use(route, CountedRoute)
 
     api_router.attach_router = attach_router
 
@@ -241,7 +242,7 @@ def _create_completion(original: Callable[..., Any]) -> Callable[..., Any]:
         service = service_of(self.model_config)
         if service is None:
             return await original(self, request, raw_request)
-        with one_request():  # /invocations comes by no route of ours
+        with one_request():  # whoever comes by no route of ours
             service = service_for_request(service)
             try:
                 request = prepare(request, service)

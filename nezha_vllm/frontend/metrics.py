@@ -42,7 +42,10 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         requests = Counter(
-            "nezha_requests", "Requests to /v1/completions that have ended, by outcome.", ["outcome"], registry=registry
+            "nezha_requests",
+            "Requests to /v1/completions and /invocations that have ended, by outcome.",
+            ["outcome"],
+            registry=registry,
         )
         short = Counter(
             "nezha_short_answers",

@@ -124,8 +124,10 @@ class ShortWay:
         return JSONResponse(response.model_dump())
 
 
-class CompletionsRoute(CheckedRoute):
-    """vLLM's route with the short way in front, and outcomes counted behind."""
+class CountedRoute(CheckedRoute):
+    """vLLM's route with the limit on requests in front, and outcomes counted behind."""
+
+    short = False  # whether the short way is tried
 
     async def handle(self, scope: Any, receive: Any, send: Any) -> None:
         counted = metrics.active()
@@ -155,7 +157,7 @@ class CompletionsRoute(CheckedRoute):
             if way.admission.full:
                 return way.admission.refusal()
             with way.admission.request():
-                read = way.read(body) if way.open and _is_common(request) else None
+                read = way.read(body) if self.short and way.open and _is_common(request) else None
                 if read is None:
                     response = await long_way(request)
                 else:
@@ -164,6 +166,12 @@ class CompletionsRoute(CheckedRoute):
             return JSONResponse(None) if response is None else response  # nobody reads it
 
         return answer
+
+
+class CompletionsRoute(CountedRoute):
+    """The same with the short way in front of vLLM's handler."""
+
+    short = True
 
 
 def _is_common(request: Request) -> bool:
@@ -181,18 +189,17 @@ def _way(request: Request) -> ShortWay | None:
         if handler is None or not isinstance(handler.engine_client.renderer, NezhaRenderer):
             return None
         way = state.nezha_short_way = ShortWay(handler, state)
-        _to_the_front(request)
+        _to_the_front(request.app.router.routes)
     return way
 
 
-def _to_the_front(request: Request) -> None:
+def _to_the_front(routes: list[Any]) -> None:
     """Let the router, and the metrics that look for the route's name again, try this route first and not twentieth.
 
-    No other route can answer less for it: this one was the first to match its only path and method.
+    No other route can answer less for it: this one is the first to match its only path and method.
     """
-    routes = request.app.router.routes
-    if (route := request.scope.get("route")) in routes:
-        routes.insert(0, routes.pop(routes.index(route)))
+    place = next((place for place, route in enumerate(routes) if isinstance(route, CompletionsRoute)), 0)
+    routes.insert(0, routes.pop(place))
 
 
 def shorten(route: APIRoute) -> None:
