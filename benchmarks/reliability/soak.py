@@ -124,7 +124,7 @@ def _report(tally: Tally, swaps: Sequence[float], told: Sequence[str], memory: S
     print(f"{tally}, versions {dict(tally.versions)}")
     for problem in tally.problems[:5]:
         print(f"  wrong: {problem}")
-    print(f"{len(swaps)} publications and rollbacks, of which the server says {dict(results)}", end="")
+    print(f"{len(swaps)} publications and rollbacks under load; the server says {dict(results)}", end="")
     seconds = [line["seconds"] for line in lines]
     print(f", after {np.median(seconds):.2f} s at the median, {max(seconds):.2f} at most" if seconds else "")
     for name, part in (("in the second after one", took[near]), ("otherwise", took[~near])):
