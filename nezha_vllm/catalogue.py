@@ -182,9 +182,9 @@ class Catalogue:
         """Rows of items. Raises ``UnknownItemError`` for the first that is unknown."""
         return self._index.rows(item_ids)
 
-    def find_rows(self, item_ids: Sequence[str]) -> list[int]:
-        """Rows of items, -1 for those that are unknown."""
-        return self._index.find(item_ids)
+    def find_rows(self, item_ids: Sequence[str]) -> np.ndarray:
+        """Rows of many items, int64, -1 for those that are unknown."""
+        return self._index.find_many(item_ids)
 
     def codes_of(self, item_id: str) -> list[int]:
         """Codes of an item. Raises ``UnknownItemError``."""

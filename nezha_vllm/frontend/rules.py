@@ -58,10 +58,10 @@ def read_rules(service: Service, options: Mapping[str, Any], history: Sequence[i
     excluded, unknown = _known(catalogue, _names(options, "exclude_items", "item IDs"))
     allowed = None
     if "allow_items" in options:
-        try:
-            allowed = np.array(catalogue.rows(_names(options, "allow_items", "item IDs")), np.int64)
-        except UnknownItemError as error:
-            raise unknown_item("allow_items", error) from None
+        names = _names(options, "allow_items", "item IDs")
+        allowed = catalogue.find_rows(names)
+        if len(missing := np.flatnonzero(allowed < 0)):
+            raise unknown_item("allow_items", UnknownItemError(names[missing[0]]))
     exclude_history = options.get("exclude_history", False)
     if exclude_history not in (True, False):
         raise bad_request("exclude_history", f"exclude_history must be true or false, got {shown(exclude_history)}")
@@ -121,15 +121,16 @@ def _score(options: Mapping[str, Any]) -> float | None:
 
 def _names(options: Mapping[str, Any], name: str, what: str) -> list[str]:
     names = options.get(name, [])
-    if not isinstance(names, (list, tuple)) or not all(type(item) in (str, int) for item in names):
+    kinds = set(map(type, names)) if isinstance(names, (list, tuple)) else {object}
+    if not kinds <= {str, int}:
         raise bad_request(name, f"{name} must be a list of {what}")
     if len(names) > MAX_ITEMS:
         raise bad_request(name, f"{name} has {len(names)} {what}; send at most {MAX_ITEMS}")
-    return [str(item) for item in names]
+    return list(map(str, names)) if int in kinds else list(names)
 
 
 def _known(catalogue: Catalogue, items: Sequence[str]) -> tuple[np.ndarray, int]:
     """Rows of the items that the catalogue holds, and how many it does not hold."""
-    rows = np.array(catalogue.find_rows(items), np.int64)
+    rows = catalogue.find_rows(items)
     known = rows[rows >= 0]
     return known, len(rows) - len(known)
