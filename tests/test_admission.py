@@ -91,6 +91,17 @@ def test_searches_of_streams_and_lists_of_prompts_count_too(most: int, searches:
     run(most, searches, test)
 
 
+def test_prompts_count_from_the_moment_that_they_are_known() -> None:
+    admission = Admission(4, lambda: 0)
+    with admission.request(), admission.request():
+        with admission.prompts(100) as first:
+            assert first, "a list begins where one more request would"
+            assert admission.full
+            with admission.prompts(2) as second:
+                assert not second
+        assert not admission.full
+
+
 def test_a_client_that_leaves_during_its_upload_is_no_failure() -> None:
     async def main() -> str:
         messages = iter([{"type": "http.request", "body": b'{"pro', "more_body": True}, {"type": "http.disconnect"}])

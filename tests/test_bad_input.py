@@ -19,8 +19,9 @@ from fastapi import HTTPException
 from vllm.exceptions import VLLMValidationError
 
 from nezha_vllm.catalogue import Catalogue
-from nezha_vllm.frontend.body_limit import MAX_BODY, limited
-from nezha_vllm.frontend.completions import MAX_ITEMS, check_batch
+from nezha_vllm.frontend import body_limit
+from nezha_vllm.frontend.body_limit import MAX_BODY, BodiesFull, Body
+from nezha_vllm.frontend.completions import MAX_ENTRIES, MAX_ITEMS, check_batch
 from nezha_vllm.frontend.options import OPTIONS, check_search
 from nezha_vllm.frontend.prompts import CHARACTERS_A_TOKEN, expand_items
 from nezha_vllm.frontend.request_shape import check_shape
@@ -90,9 +91,9 @@ def test_a_body_without_end_is_not_read_to_its_end(parts: list[int]) -> None:
         return {"type": "http.request", "body": bytes(read[-1]), "more_body": True}
 
     async def everything() -> None:
-        bounded = limited(receive)
-        for _ in parts:
-            await bounded()
+        with Body(receive) as body:
+            for _ in parts:
+                await body.receive()
 
     with pytest.raises(HTTPException) as caught:
         asyncio.run(everything())
@@ -100,19 +101,39 @@ def test_a_body_without_end_is_not_read_to_its_end(parts: list[int]) -> None:
     assert read == parts
 
 
-def test_the_largest_body_is_read() -> None:
+def test_bodies_together_have_a_limit_and_the_largest_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_limit, "MAX_BODIES", 2 * MAX_BODY)
+
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": bytes(MAX_BODY)}
 
-    assert len(asyncio.run(limited(receive)())["body"]) == MAX_BODY  # type: ignore[arg-type]
+    async def run() -> None:
+        for _ in range(2):  # what has ended makes room
+            with Body(receive) as one, Body(receive) as two, Body(receive) as three:
+                for body in (one, two):
+                    assert len((await body.receive())["body"]) == MAX_BODY
+                with pytest.raises(BodiesFull):
+                    await three.receive()
+            assert Body.held == 0
+
+    asyncio.run(run())
+    assert BodiesFull().status_code == 503
 
 
 @pytest.mark.parametrize("prompt", [["a"] * 100, [[1]] * 100])
 def test_prompts_times_items_have_a_limit(prompt: list[Any]) -> None:
-    check_batch(prompt, MAX_ITEMS // 100)
-    check_batch([1] * 1_000, MAX_ITEMS)  # the token ids of one prompt
+    check_batch(prompt, MAX_ITEMS // 100, {})
+    check_batch([1] * 1_000, MAX_ITEMS, {})  # the token ids of one prompt
     with pytest.raises(VLLMValidationError, match="lower n"):
-        check_batch(prompt, MAX_ITEMS // 100 + 1)
+        check_batch(prompt, MAX_ITEMS // 100 + 1, {})
+
+
+def test_prompts_times_entries_of_a_rule_have_a_limit() -> None:
+    most = {"exclude_items": ["a"] * (MAX_ENTRIES // 64)}
+    check_batch(["a"] * 64, 1, most)
+    check_batch("a", 1, {"exclude_items": ["a"] * (MAX_ENTRIES + 1)})
+    with pytest.raises(VLLMValidationError, match="65 prompts with 4096 entries of exclude_items"):
+        check_batch(["a"] * 65, 1, most)
 
 
 MANY = 2_000

@@ -15,8 +15,8 @@ class Admission:
     """A request counts from the moment its body is there.
 
     Args:
-        most: requests at once, 0 for any number.
-        searches: how many searches are under way. A list of prompts is many, and those of a stream outlive the handler.
+        most: requests at once, 0 for any number. A list of prompts is as many, and begins where one more would.
+        searches: how many searches are under way: those of a stream outlive the handler.
     """
 
     def __init__(self, most: int, searches: Callable[[], int]) -> None:
@@ -33,6 +33,21 @@ class Admission:
             yield
         finally:
             self._requests -= 1
+
+    @contextmanager
+    def prompts(self, count: int) -> Iterator[bool]:
+        """Inside of `request`, where the number of its prompts is known; whether they are admitted.
+
+        Between the two others may have come that are known to be many now.
+        """
+        if 0 < self._most <= max(self._requests - 1, self._searches()):
+            yield False
+            return
+        self._requests += count - 1
+        try:
+            yield True
+        finally:
+            self._requests -= count - 1
 
     def refusal(self) -> JSONResponse:
         """What a client gets when it is full."""

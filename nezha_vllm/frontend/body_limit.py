@@ -1,30 +1,56 @@
-"""A request's body has a largest size: with it, everything that the body holds has one."""
+"""A request's body has a largest size, and so have all bodies together: with it, everything that they hold has one."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
+from types import TracebackType
 from typing import Any
 
 from fastapi import HTTPException
 
 MAX_BODY = 16 << 20  # bytes; two lists of 65,536 item IDs of 40 characters are 6 MB
+MAX_BODIES = 1 << 30  # of all requests of an API process: 64 of the largest, or 1,024 of 1 MiB
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
-def limited(receive: Receive) -> Receive:
-    """An ASGI ``receive`` that raises a 413 where a body goes beyond ``MAX_BODY``, before the rest is read."""
-    size = 0
+class BodiesFull(HTTPException):
+    """There is no room for more of a body now."""
 
-    async def receive_part() -> MutableMapping[str, Any]:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > MAX_BODY:
+    def __init__(self) -> None:
+        super().__init__(HTTPStatus.SERVICE_UNAVAILABLE, "this server holds as many bodies of requests as it can")
+
+
+class Body:
+    """An ASGI ``receive`` that counts, inside of a context: as long as the request lasts, its body is in memory.
+
+    It raises a 413 where the body goes beyond ``MAX_BODY``, and `BodiesFull` where all of them go beyond
+    ``MAX_BODIES``, before the rest is read.
+    """
+
+    held = 0  # by all
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive, self._size = receive, 0
+
+    def __enter__(self) -> Body:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        Body.held -= self._size
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        message = await self._receive()
+        part = len(message.get("body", b""))
+        self._size += part
+        Body.held += part
+        if self._size > MAX_BODY:
             most = f"{MAX_BODY >> 20} MiB"
             raise HTTPException(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body has more than {most}; send several requests"
             )
+        if Body.held > MAX_BODIES:
+            raise BodiesFull
         return message
-
-    return receive_part

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute, request_response
 from vllm.exceptions import VLLMValidationError
 
-from nezha_vllm.frontend.body_limit import limited
+from nezha_vllm.frontend.body_limit import Body
 from nezha_vllm.frontend.errors import bad_request
 from nezha_vllm.frontend.renderer import NezhaRenderer
 from nezha_vllm.frontend.request_shape import check_shape
@@ -25,7 +25,8 @@ class CheckedRoute(APIRoute):
     """FastAPI's route with limits in front."""
 
     async def handle(self, scope: Any, receive: Any, send: Any) -> None:
-        await super().handle(scope, limited(receive), send)
+        with Body(receive) as body:
+            await super().handle(scope, body.receive, send)
 
     def get_route_handler(self) -> Handler:
         return _checked(super().get_route_handler())

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from nezha_vllm.frontend.answers import RecommendedItem
 from nezha_vllm.frontend.errors import bad_request
 from nezha_vllm.frontend.options import check_search
 from nezha_vllm.frontend.prompts import EMPTY_PROMPT
+from nezha_vllm.frontend.rules import LISTS
 from nezha_vllm.frontend.service import Service
 
 MAX_ITEMS = 65_536
+MAX_ENTRIES = 262_144
 CHAT_REFUSAL = (
     "chat and responses are not offered by a generative recommender: send the user's history to /v1/completions, "
     'for example {"prompt": "<item:ID><item:ID>", "n": 10}'
@@ -36,21 +38,38 @@ def prepare(request: Any, service: Service) -> Any:
     if request.use_beam_search:
         options.setdefault("beam_width", request.n)
     check_search(service, request.n, options)
-    check_batch(request.prompt, request.n)
+    check_batch(request.prompt, request.n, options)
+    try:
+        str(request.request_id).encode()
+    except UnicodeEncodeError:
+        raise bad_request("request_id", "request_id has half of a surrogate pair; send valid Unicode") from None
     changes = {"use_beam_search": False, "temperature": None, "max_tokens": 1, "min_tokens": 0, "stream_interval": None}
     known = {name: value for name, value in changes.items() if name in type(request).model_fields}
     return request.model_copy(update={**known, "vllm_xargs": options or None})
 
 
-def check_batch(prompt: Any, n: int) -> None:
-    """Raise a 400 for more items of all prompts together than one response is to hold. vLLM limits the prompts."""
-    prompts = len(prompt) if isinstance(prompt, list) and isinstance(prompt[0], (str, list)) else 1
+def num_prompts(prompt: Any) -> int:
+    """How many a request has; a list of token ids is one."""
+    return len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)) else 1
+
+
+def check_batch(prompt: Any, n: int, options: Mapping[str, Any]) -> None:
+    """Raise a 400 for more than one request is to hold of what each of its prompts has. vLLM limits the prompts."""
+    prompts = num_prompts(prompt)
     if prompts * n > MAX_ITEMS:
         raise bad_request(
             "n",
             f"{prompts} prompts with {n} items each are over the {MAX_ITEMS} items of one response; "
             "send several requests or a lower n",
         )
+    for name in LISTS:
+        entries = len(options[name]) if isinstance(options.get(name), list) else 0
+        if prompts > 1 and prompts * entries > MAX_ENTRIES:  # each prompt has rules of its own
+            raise bad_request(
+                name,
+                f"{prompts} prompts with {entries} entries of {name} are over {MAX_ENTRIES}; send several requests, or "
+                "publish the list as a segment",
+            )
 
 
 def extra_fields(item: RecommendedItem) -> dict[str, Any]:

@@ -143,6 +143,7 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     """Check the options, complete the prompt, and send the engine the little it needs."""
     from vllm import SamplingParams
 
+    from nezha_vllm.frontend.errors import bad_request
     from nezha_vllm.frontend.options import PLAN, engine_params, make_plan
     from nezha_vllm.frontend.prompts import complete_prompt
     from nezha_vllm.frontend.rules import PromptTokens
@@ -152,6 +153,8 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         service = getattr(self.renderer, "service", None)
         if service is None or not isinstance(params, SamplingParams):
             return original(self, request_id, prompt, params, *args, **kwargs)
+        if not -(2**63) <= kwargs.get("priority", 0) < 2**63:  # of a header, which vLLM does not check
+            raise bad_request("priority", "priority must be an integer of 64 bits")
         if hasattr(params, PLAN):  # the short way has checked everything
             request = original(self, request_id, prompt, params, *args, **kwargs)
             request.sampling_params = params
@@ -234,8 +237,10 @@ def _create_completion(original: Callable[..., Any]) -> Callable[..., Any]:
     from vllm.exceptions import VLLMValidationError
 
     from nezha_vllm.frontend.checked_route import reached
-    from nezha_vllm.frontend.completions import prepare
+    from nezha_vllm.frontend.completions import num_prompts, prepare
+    from nezha_vllm.frontend.errors import unavailable
     from nezha_vllm.frontend.options import make_plan
+    from nezha_vllm.frontend.short_way import admitted
 
     async def create_completion(self: Any, request: Any, raw_request: Any = None) -> Any:
         reached(raw_request)
@@ -249,7 +254,10 @@ def _create_completion(original: Callable[..., Any]) -> Callable[..., Any]:
                 make_plan(service, request.to_sampling_params(1, {}))
             except (ValueError, VLLMValidationError) as error:
                 return self.create_error_response(error)
-            return await original(self, request, raw_request)
+            with admitted(raw_request, num_prompts(request.prompt)) as may:
+                if not may:
+                    return self.create_error_response(unavailable("too many requests"))
+                return await original(self, request, raw_request)
 
     return create_completion
 

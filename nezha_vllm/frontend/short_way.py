@@ -8,6 +8,8 @@ field, a header, a text for the tokenizer, an error to report) goes to vLLM's ha
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import msgspec
@@ -25,6 +27,7 @@ from vllm.utils import random_uuid
 
 from nezha_vllm.frontend import metrics
 from nezha_vllm.frontend.admission import Admission
+from nezha_vllm.frontend.body_limit import BodiesFull
 from nezha_vllm.frontend.checked_route import CheckedRoute, Handler, use
 from nezha_vllm.frontend.disconnect import unless_disconnected
 from nezha_vllm.frontend.options import Plan, check_search, engine_params
@@ -124,6 +127,18 @@ class ShortWay:
         return JSONResponse(response.model_dump())
 
 
+@contextmanager
+def admitted(request: Request | None, count: int) -> Iterator[bool]:
+    """Whether so many prompts of a request that vLLM's handler answers may begin; else the route refuses it."""
+    way = getattr(request.app.state, "nezha_short_way", None) if request is not None else None
+    if request is None or way is None:
+        yield True
+        return
+    with way.admission.prompts(count) as may:
+        request.state.nezha_full = not may
+        yield may
+
+
 class CountedRoute(CheckedRoute):
     """vLLM's route with the limit on requests in front, and outcomes counted behind."""
 
@@ -154,12 +169,16 @@ class CountedRoute(CheckedRoute):
                 body = await request.body()
             except ClientDisconnect:
                 return JSONResponse(None)  # nobody reads it
+            except BodiesFull:
+                return way.admission.refusal()
             if way.admission.full:
                 return way.admission.refusal()
             with way.admission.request():
                 read = way.read(body) if self.short and way.open and _is_common(request) else None
                 if read is None:
                     response = await long_way(request)
+                    if getattr(request.state, "nezha_full", False):
+                        return way.admission.refusal()
                 else:
                     response = await unless_disconnected(request, way.answer(request, *read))
             end_request()  # the client may take its time with the answer
