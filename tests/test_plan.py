@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nezha_vllm import cli
-from nezha_vllm.planning import calibration, fleet
+from nezha_vllm.planning import calibration, fleet, measurements
 from nezha_vllm.planning.calibration import percentiles
 from nezha_vllm.planning.fleet import Wanted, capacity, make_plan
 from nezha_vllm.planning.measurements import PlanError, read_curves
@@ -22,14 +22,28 @@ RESULTS = ROOT / "benchmarks" / "results"
 SERVER = ServerModel(
     step_ms=2.0, request_ms=0.5, api_ms=1.0, rest_ms=0.3, pause_ms=0.0, max_requests=31, api_processes=4
 )
+USERS = 512
 WANTED = Wanted((5000.0,), {128: 1.0}, beam_width=512, n=10, items=50_000, p99_ms=30.0)
 
 
 def test_a_request_alone_waits_for_nobody() -> None:
-    alone = 2.0 + 0.5 + 1.0 + 0.3
-    assert closed_loop(SERVER, 1, 50) == pytest.approx(alone)
-    assert np.median(open_loop(SERVER, 1.0, 100)) == pytest.approx(alone)
-    assert np.median(open_loop(SERVER, 1.0, 100, more_ms=np.array([4.0]))) == pytest.approx(alone + 4)
+    engine, api = 2.0 + 0.5 + 0.3, 1.0
+    for found, more in (
+        (closed_loop(SERVER, 1, 2000), 0),
+        (open_loop(SERVER, 1.0, 2000), 0),
+        (open_loop(SERVER, 1.0, 2000, more_ms=np.array([4.0])), 4),
+    ):
+        assert found.mean() == pytest.approx(engine + api + more, rel=0.03)
+        assert engine + more < found.min() < engine + more + api / 10
+
+
+def test_users_with_long_pauses_are_poisson_arrivals_and_a_full_server_holds_them_up() -> None:
+    users, rate = 512, 600.0
+    found, poisson = closed_loop(SERVER, users, 12_000, pause_ms=1000 * users / rate), open_loop(SERVER, rate, 12_000)
+    assert percentiles(found) == pytest.approx(percentiles(poisson), rel=0.1)
+    pause_ms, most = 1000 * users / 4000, SERVER.most_requests_per_s()  # who waits does not pause
+    full = closed_loop(SERVER, users, 12_000, pause_ms=pause_ms)[4000:]
+    assert full.mean() == pytest.approx(1000 * users / most - pause_ms, rel=0.05)
 
 
 def test_an_api_process_pauses_about_once_a_second() -> None:
@@ -54,7 +68,7 @@ def test_a_full_server_answers_as_many_as_its_steps_hold() -> None:
 
 
 def write_results(folder: Path, server: ServerModel) -> None:
-    """Rows as if ``server`` had been measured."""
+    """Rows as if ``server`` had been measured, by so many users in open loops."""
     with (RESULTS / "throughput.csv").open(newline="") as file:
         rows = csv.DictReader(file)
         row = next(row for row in rows if row["beam_width"] == "512")
@@ -66,16 +80,23 @@ def write_results(folder: Path, server: ServerModel) -> None:
         found.append(row | {"load": "closed", "concurrency": clients, "request_rate": "", "p50_ms": p50, "p99_ms": p99,
                             "requests_per_s": 1000 * clients / p50})  # fmt: skip
     for rate in (400.0, 700.0, 1000.0):
-        p50, p99 = percentiles(open_loop(server, rate, 3000, seed=9))
-        found.append(row | {"load": "open", "concurrency": "", "request_rate": rate, "requests": 800, "p50_ms": p50,
-                            "p99_ms": p99, "requests_per_s": rate})  # fmt: skip
+        pause_ms = 1000 * USERS / rate
+        latencies = closed_loop(server, USERS, 3000, seed=9, pause_ms=pause_ms)
+        answered = 1000 * USERS / (pause_ms + latencies.mean())
+        found.append(row | {"load": "open", "concurrency": "", "request_rate": rate, "requests": 800,
+                            "p50_ms": np.median(latencies), "p99_ms": np.percentile(latencies, 99),
+                            "requests_per_s": answered, "generator": f"wrk 4.1.0, {USERS} users"})  # fmt: skip
     with (folder / "throughput.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(found)
 
 
-def test_a_large_catalogue_is_measured_at_the_width_or_an_estimate(tmp_path: Path) -> None:
+def test_a_large_catalogue_is_measured_at_the_width_or_an_estimate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((fleet, "SIMULATED"), (calibration, "FITTED"), (calibration, "TRIALS"), (calibration, "RUNS")):
+        monkeypatch.setattr(module, name, {"SIMULATED": 2000, "FITTED": 1000}.get(name, 2))
     for name in ("throughput.csv", "latency.csv", "validity.csv"):
         lines = (RESULTS / name).read_text().splitlines()
         kept = [line for line in lines if name != "validity.csv" or ",100000000,512," not in line]
@@ -87,7 +108,8 @@ def test_a_large_catalogue_is_measured_at_the_width_or_an_estimate(tmp_path: Pat
 
 def test_the_plan_is_that_of_the_server_that_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "SIMULATED", 4000)
-    monkeypatch.setattr(calibration, "TRIALS", 15)
+    monkeypatch.setattr(calibration, "TRIALS", 12)
+    monkeypatch.setattr(calibration, "FITTED", 1500)
     write_results(tmp_path, SERVER)
     plan = make_plan(tmp_path, replace(WANTED, rates=(1000.0, 5000.0), p99_ms=16.0, spare=0.3))
     truth, *_ = capacity(SERVER, plan.curve, 16.0 / plan.margin)
@@ -108,15 +130,19 @@ def test_rows_of_another_commit_are_another_curve_and_the_newest_counts(tmp_path
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-        # a repetition; one behind; more users than one can count; another kind of load
+        # a repetition; arrivals that thinned out; more users than one can count; another kind of load
         later = [row | {"commit": "later", "date": "2027-01-01T00:00:00+00:00"} for row in [*rows, rows[-1]]]
         later[-1] |= {"generator": "wrk 4.1.0, 2,048 users", "note": "fell behind the arrivals: 5 of 9 req/s"}
         writer.writerows([*later, later[0] | {"load": "batch", "concurrency": "64"}])
-    newest, older = read_curves(tmp_path)
+    newest, older = curves = read_curves(tmp_path)
+    assert measurements.newest(curves) == [newest]
+    assert measurements.newest([replace(newest, loads=tuple(newest.closed)), older]) == [older]
     assert (newest.commit, older.commit) == ("later", "made-up")
     assert [len(curve.closed) for curve in (newest, older)] == [3, 3]
     assert [len(curve.open) for curve in (newest, older)] == [4, 3]
-    assert (newest.open[-1].users, newest.open[-1].kept_up) == (2048, False)
+    found = newest.open[-1]
+    assert (found.users, found.kept_up, found.arrivals_per_s) == (2048, True, found.requests_per_s)
+    assert found.arrivals_per_s < found.rate == 1000 * 2048 / found.pause_ms
     assert fleet.choose([newest, older], "llama-1b", 512, 10).commit == "later"
 
 

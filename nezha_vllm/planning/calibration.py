@@ -16,7 +16,7 @@ RUNS = 12  # of a load that is foretold, each as long as the measurement; their 
 TRIALS, NEAR_TRIALS = 25, 10  # of a fit, for each time that is free; of one that begins near its end
 TENTH = 0.1  # relative errors that are larger count less than their square
 CLOSE = 0.85
-MOST_SIMULATED = 6000
+FITTED = 3000  # most requests of a load that a fit simulates; what is foretold is as long as the measurement
 WEIGHTS = (4.0, 1.0)  # a few seconds tell a p50 better than a p99
 
 
@@ -40,17 +40,25 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A measured load beside the model's word on it: medians of many runs, and of p99 where 90 % of them are; ms."""
+    """A measured load beside the model's word on it: medians of many runs, and where nine of ten runs are; ms."""
 
     load: Load
     p50: float
     p99: float
+    p50_range: tuple[float, float]
     p99_range: tuple[float, float]
 
     @property
     def off(self) -> tuple[float, float]:
         """Relative errors of p50 and p99: 0.1 is 10 % too high."""
         return self.p50 / self.load.p50 - 1, self.p99 / self.load.p99 - 1
+
+    @property
+    def off_ranges(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Where chance alone leaves those errors, in nine of ten runs as long as the measured one."""
+        (low, high), (low99, high99) = self.p50_range, self.p99_range
+        p50, p99 = self.load.p50, self.load.p99
+        return (low / p50 - 1, high / p50 - 1), (low99 / p99 - 1, high99 / p99 - 1)
 
 
 def calibrate(curve: Curve, without: Load | None = None, begin: Calibration | None = None) -> Calibration:
@@ -95,7 +103,7 @@ def _fit(start: ServerModel, names: Sequence[str], loads: Sequence[Load], near: 
 
     def error(logs: np.ndarray) -> float:
         tried = model(logs)  # with the same random numbers as all others
-        off = np.log([_percentiles_of(tried, load, seed=0) for load in loads]) - measured
+        off = np.log([_percentiles_of(tried, load, 0, FITTED) for load in loads]) - measured
         return float((np.array(WEIGHTS) * (np.sqrt(1 + (off / TENTH) ** 2) - 1)).sum())
 
     measured = np.log([(load.p50, load.p99) for load in loads])
@@ -118,7 +126,7 @@ def _first_guess(curve: Curve, plain: bool) -> ServerModel:
 def fitted_loads(curve: Curve) -> list[Load]:
     """But for open loads close to the most the server can do: there, latency is the chance of a few seconds."""
     most = max((load.requests_per_s for load in curve.closed), default=0.0)
-    opened = [load for load in curve.open if load.kept_up and (load.rate or 0) <= CLOSE * most]
+    opened = [load for load in curve.open if load.kept_up and load.arrivals_per_s <= CLOSE * most]
     return [*curve.closed, *opened]
 
 
@@ -145,10 +153,10 @@ def fit_errors(curve: Curve, fitted: Calibration) -> list[Comparison]:
 
 
 def foretell(model: ServerModel, load: Load) -> Comparison:
-    runs = np.array([_percentiles_of(model, load, seed) for seed in range(1, 1 + RUNS)])
+    runs = np.array([_percentiles_of(model, load, seed, load.requests) for seed in range(1, 1 + RUNS)])
     p50, p99 = np.median(runs, axis=0).tolist()
-    low, high = np.percentile(runs[:, 1], (5, 95)).tolist()
-    return Comparison(load, p50, p99, (low, high))
+    (low, low99), (high, high99) = np.percentile(runs, (5, 95), axis=0).tolist()
+    return Comparison(load, p50, p99, (low, high), (low99, high99))
 
 
 def percentiles(latencies: np.ndarray) -> tuple[float, float]:
@@ -156,10 +164,11 @@ def percentiles(latencies: np.ndarray) -> tuple[float, float]:
     return float(p50), float(p99)
 
 
-def _percentiles_of(model: ServerModel, load: Load, seed: int) -> tuple[float, float]:
-    """As long as it was measured, from an idle server on."""
-    requests = min(load.requests, MOST_SIMULATED)
-    if load.clients:
-        return percentiles(closed_loop(model, load.clients, max(20 * load.clients, requests // 4), seed))
+def _percentiles_of(model: ServerModel, load: Load, seed: int, most: int) -> tuple[float, float]:
+    """As long as it was measured, from an idle server on, but no more requests than ``most``."""
+    requests = min(load.requests, most)
+    users = load.clients or load.users
+    if users:
+        return percentiles(closed_loop(model, users, requests, seed, load.pause_ms))
     assert load.rate
-    return percentiles(open_loop(model, load.rate, requests, seed, connections=load.users))
+    return percentiles(open_loop(model, load.rate, requests, seed))

@@ -105,8 +105,9 @@ def margin_of(comparisons: Sequence[Comparison], rate: float) -> float:
 
     Loads count up to the first that is over ``rate``.
     """
-    over = min((found.load.rate or 0 for found in comparisons if (found.load.rate or 0) >= rate), default=math.inf)
-    return max([1.0, *(found.load.p99 / found.p99 for found in comparisons if (found.load.rate or 0) <= over)])
+    loads = [found.load.arrivals_per_s for found in comparisons]
+    over = min((arrivals for arrivals in loads if arrivals >= rate), default=math.inf)
+    return max([1.0, *(found.load.p99 / found.p99 for found in comparisons if found.load.arrivals_per_s <= over)])
 
 
 def capacity(
@@ -116,7 +117,7 @@ def capacity(
 
     Raises ``PlanError`` if an idle server does not reach the goal.
     """
-    high = max(load.rate or 0 for load in curve.open if load.kept_up)
+    high = max(load.arrivals_per_s for load in curve.open if load.kept_up)
 
     def at(rate: float) -> tuple[float, float]:
         return percentiles(open_loop(model, rate, SIMULATED, seed=1, more_ms=more_ms))

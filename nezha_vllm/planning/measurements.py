@@ -20,9 +20,10 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Load:
-    """One row. ``clients`` of a closed loop or the ``rate`` of Poisson arrivals; milliseconds, and requests/s.
+    """One row. ``clients`` of a closed loop or the ``rate`` of an open one; milliseconds, and requests/s.
 
-    ``users`` is how many connections the arrivals came over, None for one each. ``streamed``: item by item.
+    An open loop is of ``users``, each with a connection, who pause for exponential times between answer and request, or
+    of Poisson arrivals, where that is None. ``streamed``: item by item.
     """
 
     clients: int | None
@@ -34,6 +35,16 @@ class Load:
     kept_up: bool
     users: int | None = None
     streamed: bool = False
+
+    @property
+    def pause_ms(self) -> float:
+        """Of a user, in the mean: at ``rate`` requests/s in all if answers took no time."""
+        return 1000 * (self.users or 0) / self.rate if self.rate else 0.0
+
+    @property
+    def arrivals_per_s(self) -> float:
+        """Of an open loop. Users who wait for an answer send nothing: the longer they wait, the fewer arrive."""
+        return self.requests_per_s if self.users else self.rate or 0.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,11 @@ class Curve:
     @property
     def open(self) -> list[Load]:
         return sorted((load for load in self.loads if load.rate), key=lambda load: load.rate or 0)
+
+    @property
+    def usable(self) -> bool:
+        """Whether there are loads enough to fit a server's times to."""
+        return len(self.open) >= 2 and len(self.closed) >= 2
 
     @property
     def max_requests(self) -> int:
@@ -179,12 +195,20 @@ def larger_catalogue(results: Path, cell: Cell, beam_width: int, items: int) -> 
     return LargerCatalogue(size, max(0.0, growth) * at_full / FULL_STEP / 1000, width, False)
 
 
+def newest(curves: Sequence[Curve]) -> list[Curve]:
+    """Of each kind of request the newest curve with closed and open loops, or just the newest where none has both."""
+    found: dict[Cell, Curve] = {}
+    for curve in sorted(curves, key=lambda curve: not curve.usable):  # in their order otherwise
+        found.setdefault(curve.cell, curve)
+    return sorted(found.values(), key=lambda curve: (curve.usable, curve.date), reverse=True)
+
+
 def choose(curves: Sequence[Curve], model: str, beam_width: int, n: int) -> Curve:
     """The curve with Poisson arrivals whose requests cost least among those that cost no less than the ones asked for.
 
     Raises ``PlanError`` naming what there is.
     """
-    usable = [curve for curve in curves if len(curve.open) >= 2 and len(curve.closed) >= 2]
+    usable = [curve for curve in curves if curve.usable]
     enough = [
         curve
         for curve in usable
@@ -217,7 +241,7 @@ def _load(row: dict[str, Any]) -> Load:
         float(row["p50_ms"]),
         float(row["p99_ms"]),
         float(row["requests_per_s"]),
-        not row["note"],
+        not row["note"] or users is not None,  # users cannot overtake a server
         int(users[1].replace(",", "")) if users else None,
         row["generator"].startswith("vllm bench"),
     )

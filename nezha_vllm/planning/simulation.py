@@ -2,9 +2,9 @@
 
 Times are milliseconds. A step takes ``step_ms`` and ``request_ms`` for each request in it; requests that arrive
 meanwhile wait for the next one. An API process is one core: it works on a request before the engine and after it, one
-thing at a time, and once a second in the mean it pauses, as Python does to collect garbage: a client that reads answers
-in Python counts with it. Which API process gets an arrival is chance, as it is with connections that
-are opened at random.
+thing at a time, for exponentially distributed times, and once a second in the mean it pauses, as Python does to collect
+garbage: a client that reads answers in Python counts with it. Which API process gets an arrival is chance, as it is
+with connections that are opened at random.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ BEFORE = 0.4  # share of an API process's work that comes before the engine
 
 @dataclass(frozen=True)
 class ServerModel:
-    """``rest_ms`` is what no process of the server works on: the network, the client, waking up."""
+    """``rest_ms`` is what no process of the server works on: the network, the client, waking up.
+
+    ``api_ms`` is a mean. That this work varies makes the tail of few clients: at 8, p99 is 10.1 ms with it, 8.3
+    without, and was 11.9.
+    """
 
     step_ms: float
     request_ms: float
@@ -52,7 +56,7 @@ class _Server:
         self.environment, self.model, self.answered = environment, model, answered
         self.waiting: deque[tuple[float, int, float]] = deque()
         self.free_at = [0.0] * model.api_processes
-        self.chance = np.random.default_rng((seed, 1))
+        self.chance, self.work_chance = (np.random.default_rng((seed, stream)) for stream in (1, 2))
         self.pauses_at = self.chance.exponential(PAUSE_EVERY_MS, model.api_processes).tolist()
         self.work = environment.event()
         environment.process(self._engine())
@@ -70,7 +74,7 @@ class _Server:
         while self.pauses_at[process] <= begins:
             begins = max(begins, self.pauses_at[process] + self.model.pause_ms)
             self.pauses_at[process] += self.model.pause_ms + self.chance.exponential(PAUSE_EVERY_MS)
-        self.free_at[process] = begins + share * self.model.api_ms
+        self.free_at[process] = begins + share * self.model.api_ms * self.work_chance.exponential()
         return self.free_at[process] - self.environment.now
 
     def _wait(self, request: tuple[float, int, float]) -> None:
@@ -94,17 +98,11 @@ class _Server:
 
 
 def open_loop(
-    model: ServerModel,
-    rate: float,
-    requests: int,
-    seed: int = 0,
-    more_ms: np.ndarray | None = None,
-    connections: int | None = None,
+    model: ServerModel, rate: float, requests: int, seed: int = 0, more_ms: np.ndarray | None = None
 ) -> np.ndarray:
-    """Latencies of Poisson arrivals at ``rate`` a second, from an idle server on.
+    """Latencies of Poisson arrivals at ``rate`` a second, each over a connection of its own, from an idle server on.
 
-    ``more_ms`` are values to draw each request's extra time in a step from. Of so many ``connections`` each keeps its
-    API process; None for a new one with every request.
+    ``more_ms`` are values to draw each request's extra time in a step from.
     """
     import simpy
 
@@ -113,9 +111,7 @@ def open_loop(
     latencies: list[float] = []
     server = _Server(environment, model, seed, lambda process, behind, latency: latencies.append(latency))
     gaps = generator.exponential(1000 / rate, requests)
-    processes = generator.integers(model.api_processes, size=connections or requests)
-    if connections:
-        processes = generator.choice(processes, requests)
+    processes = generator.integers(model.api_processes, size=requests)
     more = np.zeros(requests) if more_ms is None else generator.choice(more_ms, requests)
 
     def arrive() -> Generator[Any, Any, None]:
@@ -128,25 +124,33 @@ def open_loop(
     return np.array(latencies)
 
 
-def closed_loop(model: ServerModel, clients: int, requests: int, seed: int = 0) -> np.ndarray:
-    """Latencies of clients that send their next request when they have the answer to the last; the first are left out.
+def closed_loop(model: ServerModel, clients: int, requests: int, seed: int = 0, pause_ms: float = 0.0) -> np.ndarray:
+    """Latencies of clients each of whom sends a request only when it has the answer to its last.
 
-    A client keeps its connection, and so its API process, which is the one that chance gave it.
+    In front of each it pauses for an exponential time of mean ``pause_ms``. Without pauses the first answers, all of
+    which were asked for at once, are left out. A client keeps its connection, and so its API process, which is the one
+    that chance gave it.
     """
     import simpy
 
+    generator = np.random.default_rng(seed)
     environment = simpy.Environment()
     latencies: list[float] = []
     done = environment.event()
+    first = 0 if pause_ms else 4 * clients
+
+    def ask(process: int, behind: float = 0.0) -> None:
+        pause = generator.exponential(pause_ms) if pause_ms else 0.0
+        server.after(behind + pause, lambda: server.receive(process))
 
     def answered(process: int, behind: float, latency: float) -> None:
         latencies.append(latency)
-        if len(latencies) == 4 * clients + requests:
+        if len(latencies) == first + requests:
             done.succeed()
-        server.after(behind, lambda: server.receive(process))
+        ask(process, behind)
 
     server = _Server(environment, model, seed, answered)
-    for process in np.random.default_rng(seed).integers(model.api_processes, size=clients).tolist():
-        server.receive(process)
+    for process in generator.integers(model.api_processes, size=clients).tolist():
+        ask(process)
     environment.run(until=done)
-    return np.array(list(islice(latencies, 4 * clients, None)))
+    return np.array(list(islice(latencies, first, None)))
