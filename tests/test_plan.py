@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,22 @@ def test_the_plan_is_that_of_the_server_that_was_measured(tmp_path: Path, monkey
     assert plan.gpus == max(plan.replicas) + plan.spare
     assert plan.spare >= 0.3 * max(plan.replicas)
     assert plan.gpu_hours_followed == 12 * sum(plan.replicas) + 24 * plan.spare
+
+
+@pytest.mark.parametrize("how", [["--markdown"], []], ids=["markdown", "terminal"])
+def test_the_check_sets_every_load_beside_the_simulation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: list[str]
+) -> None:
+    write_results(tmp_path, SERVER)
+    for name, value in {"TRIALS": 3, "NEAR_TRIALS": 1, "RUNS": 3, "FITTED": 800}.items():
+        monkeypatch.setattr(calibration, name, value)
+    assert cli.main(["plan", "--check", "--results", str(tmp_path), *how]) == 0
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if re.match(r"\W+\S+ clients|\W+[\d,]+/s", line)]
+    assert len(lines) == 6
+    for line in lines:
+        assert len(re.findall(r"[+-]\d+ \([+-]\d+…[+-]\d+\)", line)) == 2, line
+    assert "a step" in printed
 
 
 def test_rows_of_another_commit_are_another_curve_and_the_newest_counts(tmp_path: Path) -> None:

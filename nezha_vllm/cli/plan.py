@@ -12,11 +12,14 @@ fitted to the load curves in --results. --check prints the simulation beside eve
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nezha_vllm.planning.calibration import Calibration
     from nezha_vllm.planning.fleet import Plan, Wanted
+    from nezha_vllm.planning.measurements import Curve
 
 SUMMARY = "traffic and a latency goal -> replicas, GPUs, cost"
 GOOD = 0.15
@@ -27,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     traffic.add_argument("--traffic", type=Path, metavar="CSV", help="columns hour, requests_per_s: one row an hour")
     traffic.add_argument("--requests-per-s", type=float, metavar="X", help="the same at every hour")
     traffic.add_argument("--check", action="store_true", help="the simulation beside the measured loads, and no plan")
+    parser.add_argument("--markdown", action="store_true", help="with --check: tables for a document")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="measured rows (%(default)s)")
     parser.add_argument("--model", default="llama-1b", help="as the rows name it (%(default)s)")
     parser.add_argument(
@@ -57,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nezha_vllm.planning.fleet import make_plan
 
     if arguments.check:
-        _check(arguments.results, Console())
+        _check(arguments.results, arguments.markdown, Console())
         return 0
     _print(make_plan(arguments.results, _wanted(arguments)), Console())
     return 0
@@ -123,39 +127,20 @@ def _print(plan: Plan, console: object) -> None:
         print(f"* {assumption}")
 
 
-def _check(results: Path, console: object) -> None:
-    from rich.table import Table
-
-    from nezha_vllm.planning.calibration import calibrate, compare
+def _check(results: Path, markdown: bool, console: object) -> None:
+    from nezha_vllm.planning.calibration import calibrate
     from nezha_vllm.planning.measurements import PlanError, newest, read_curves
 
-    curves = read_curves(results)
     skipped = []
-    for curve in newest(curves):
+    for curve in newest(read_curves(results)):
         cell = curve.cell
-        name = f"{cell.model}, {cell.prompt_tokens} tokens, K = {cell.beam_width}, n = {cell.n}, {curve.commit}"
+        title = f"{cell.model}, {cell.prompt_tokens} tokens, K = {cell.beam_width}, n = {cell.n}, {curve.commit}"
         try:
             fitted = calibrate(curve)
         except PlanError:
-            skipped.append(name)
+            skipped.append(title)
             continue
-        table = Table(
-            *("load", "p50", "sim.", "off %", "p99", "sim.", "off %", "left out"),
-            title=f"{name}; ms",
-            padding=(0, 0),
-        )
-        for column in table.columns:
-            column.no_wrap = True
-        for found, apart in compare(curve, fitted):
-            load = found.load
-            name = f"{load.clients} clients" if load.clients else f"{load.arrivals_per_s:,.0f}/s" + " ~" * load.streamed
-            cells = [name]
-            for measured, simulated, off, chance in zip(
-                (load.p50, load.p99), (found.p50, found.p99), found.off, found.off_ranges, strict=True
-            ):
-                cells += [f"{measured:.1f}", f"{simulated:.1f}", _off(off, chance)]
-            table.add_row(*cells, "" if apart is None else ", ".join(map(_off, apart.off)))
-        console.print(table)  # type: ignore[attr-defined]
+        _print_table(title, _compared(curve, fitted), markdown, console)
         for kind, model in (("", fitted.plain), ("~ ", fitted.streamed)):
             if model is not None:
                 print(
@@ -163,14 +148,45 @@ def _check(results: Path, console: object) -> None:
                     f"{model.api_ms:.2f} a request and {model.pause_ms:.0f} a second, rest {model.rest_ms:.2f}"
                 )
         print()
-    for name in skipped:
-        print(f"{name}: not checked, that takes two closed and two open loads")
+    for title in skipped:
+        print(f"{title}: not checked, that takes two closed and two open loads")
     print(
         f"\n✗: more than {GOOD:.0%} off. In brackets: where that is in nine of ten runs as long as the measured one. "
         "~: every item streamed. Left out: p50 and p99 off by a fit without that load. Open loads over 85 % of the "
         "closed loops' most requests/s, which have nothing there, are not fitted: their queue does not settle within "
         "a measurement. Of older rows of the same kind of request nothing is said."
     )
+
+
+def _compared(curve: Curve, fitted: Calibration) -> Iterator[list[str]]:
+    from nezha_vllm.planning.calibration import compare
+
+    for found, apart in compare(curve, fitted):
+        load = found.load
+        cells = [f"{load.clients} clients" if load.clients else f"{load.arrivals_per_s:,.0f}/s" + " ~" * load.streamed]
+        for measured, simulated, off, chance in zip(
+            (load.p50, load.p99), (found.p50, found.p99), found.off, found.off_ranges, strict=True
+        ):
+            cells += [f"{measured:.1f}", f"{simulated:.1f}", _off(off, chance)]
+        yield [*cells, "" if apart is None else ", ".join(map(_off, apart.off))]
+
+
+def _print_table(title: str, rows: Iterable[list[str]], markdown: bool, console: object) -> None:
+    from rich.table import Table
+
+    heads = ("load", "p50", "sim.", "off %", "p99", "sim.", "off %", "left out")
+    if markdown:
+        print(f"{title}; ms\n")
+        for cells in (heads, ["---"] * len(heads), *rows):
+            print("| " + " | ".join(cells) + " |")
+        print()
+        return
+    table = Table(*heads, title=f"{title}; ms", padding=(0, 0))
+    for column in table.columns:
+        column.no_wrap = True
+    for cells in rows:
+        table.add_row(*cells)
+    console.print(table)  # type: ignore[attr-defined]
 
 
 def _off(off: float, chance: tuple[float, float] | None = None) -> str:
