@@ -24,6 +24,7 @@ from test_startup import configure
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.engine.config_hook import PARENTS_VERSION
 from nezha_vllm.engine.cpu_cores import BIND, core_lists, share_cores
+from nezha_vllm.engine.settings import ENGINES_HERE, workers_here
 from nezha_vllm.server import Server, free_port
 
 if TYPE_CHECKING:
@@ -67,6 +68,15 @@ def test_a_list_of_cores_that_the_user_has_set_stays(no_list_of_cores: None, mon
     monkeypatch.setenv(BIND, "7|8")
     share_cores(2, 1)
     assert os.environ[BIND] == "7|8"
+
+
+def test_an_engine_knows_of_the_others_on_its_machine(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (ENGINES_HERE, BIND):
+        monkeypatch.setenv(name, "0")
+    parallel = configure(checkpoint, data_parallel_size=2).parallel_config
+    parallel.reconfigure_for_independent_dp_rank()  # as vLLM does in the engine's process
+    assert workers_here(parallel) == 2
+    assert workers_here(configure(checkpoint).parallel_config) == 1
 
 
 def test_pipeline_parallelism_is_refused_with_the_remedy(checkpoint: Path) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +107,10 @@ def test_ray_on_gpus_answers_as_one(
 def check_server(
     checkpoint: Path, folder: Path, arguments: Sequence[str], expected: Sequence[Ranking], actor: str, engines: int
 ) -> None:
-    """Answers are the expected ones, a new catalogue is taken up, and the server ends when an actor is killed."""
+    """Answers are the expected ones, a new catalogue is taken up, and the server ends when an actor is killed.
+
+    It is killed with a request and another catalogue under way: an engine that waits for its answer must notice, too.
+    """
     store, fewer = Store(folder / "store"), folder / "fewer"
     store.publish(checkpoint / "catalogue")
     old = Catalogue.load(checkpoint / "catalogue")
@@ -135,8 +140,18 @@ def check_server(
             assert answer.nezha[0]["catalogue_version"] == Catalogue.load(fewer).version
             assert len(answer.choices) == N
 
-        os.kill(actors(actor)[-1], signal.SIGKILL)
-        until(lambda: server.process.poll() is not None or not healthy(server.url), 60, pause=0.2)
+        victim = actors(actor)[-1]
+        os.kill(victim, signal.SIGSTOP)
+        store.publish(checkpoint / "catalogue", force=True)
+        time.sleep(3)  # all workers must answer before it is taken up
+        assert scrape(server.url)["nezha_catalogue_items"] == 1000
+        with ThreadPoolExecutor(engines) as pool:
+            asked = [pool.submit(complete, prompts[-1]) for _ in range(engines)]  # a request for each engine
+            time.sleep(1)
+            assert not all(found.done() for found in asked)
+            os.kill(victim, signal.SIGKILL)
+            until(lambda: server.process.poll() is not None or not healthy(server.url), 60, pause=0.2)
+            assert any(isinstance(found.exception(), openai.APIError) for found in asked)
 
 
 def actors(title: str) -> list[int]:

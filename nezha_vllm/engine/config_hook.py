@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from packaging.version import Version
 
 from nezha_vllm.engine.cpu_cores import share_cores
-from nezha_vllm.engine.settings import POLL_SECONDS
+from nezha_vllm.engine.settings import ENGINES_HERE, POLL_SECONDS
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
@@ -75,6 +75,7 @@ class NezhaConfigHook:
         version = Service.load(vllm_config).catalogue.version
         pin_catalogue(vllm_config, version)
         os.environ[PARENTS_VERSION] = version
+        os.environ[ENGINES_HERE] = str(parallel.data_parallel_size_local)
         install()
 
 

@@ -16,7 +16,7 @@ from nezha_vllm.beam import BeamSearch, answer_of
 from nezha_vllm.catalogue import load_keys
 from nezha_vllm.draft_head import Beams, DraftHead
 from nezha_vllm.engine.searched import Searched, read_beside
-from nezha_vllm.engine.settings import ServerSettings
+from nezha_vllm.engine.settings import ServerSettings, workers_here
 from nezha_vllm.engine.stage_clock import StageClock, recorded_event, seconds_between, timed
 from nezha_vllm.engine.versions import Versions
 from nezha_vllm.generation import FIRST, Generation
@@ -87,8 +87,7 @@ class DraftStage:
         self.num_states = head.num_levels + 1
         self.device = head.logit_heads[0].weight.device
         self.clock = StageClock(on_gpu=self.device.type == "cuda")
-        parallel = vllm_config.parallel_config
-        self.workers_here = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
+        self.workers_here = workers_here(vllm_config.parallel_config)
         first = Searched(BeamSearch(head, torch.from_numpy(keys.keys).to(self.device)), keys)
         self.versions = Versions(first, self._read)
         self.graphs: DraftGraphs | None = None

@@ -12,10 +12,15 @@ import threading
 ENGINE = "EngineCore"  # what vLLM calls the process
 
 
+def in_its_own_process() -> bool:
+    """Whether this process is there for an engine alone, and not a user's with an engine inside."""
+    return multiprocessing.current_process().name.startswith(ENGINE)
+
+
 def end_with_parent() -> None:
     """In an engine's process of its own, wait in a thread for the parent's end; elsewhere do nothing."""
     parent = multiprocessing.parent_process()
-    if parent is None or not multiprocessing.current_process().name.startswith(ENGINE):
+    if parent is None or not in_its_own_process():
         return
 
     def wait_and_end() -> None:

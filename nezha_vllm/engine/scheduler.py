@@ -13,6 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from nezha_vllm.engine.head import end_with_head
 from nezha_vllm.engine.parent import end_with_parent
+from nezha_vllm.engine.ray_workers import end_with_workers
 
 
 def make_scheduler(**kwargs: Any) -> Scheduler:
@@ -20,6 +21,7 @@ def make_scheduler(**kwargs: Any) -> Scheduler:
     end_with_parent()  # called once in every engine's process
     vllm_config = kwargs["vllm_config"]
     end_with_head(vllm_config)
+    end_with_workers(vllm_config)
     levels = vllm_config.model_config.hf_config.num_levels
     scheduler_class = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
     scheduler = scheduler_class(**kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,14 @@ from nezha_vllm.config import MAX_BEAM_WIDTH, SHARED_ID_POLICIES, VALIDITY_MODES
 from nezha_vllm.pointer import is_store, version_folder
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ParallelConfig, VllmConfig
 
 OPTIONS = (
     "catalogue", "catalogue_version", "catalogue_poll_seconds", "beam_width", "max_beam_width", "validity",
     "shared_ids", "lean_step", "max_concurrent_requests",
 )  # fmt: skip
 CONCURRENT_REQUESTS = 1024  # a second's work of an API process in front of a GPU
+ENGINES_HERE = "NEZHA_ENGINES_HERE"  # set for child processes: vLLM tells each of several dense engines it is alone
 POLL_SECONDS, MIN_POLL_SECONDS = 5.0, 0.1
 
 
@@ -98,6 +100,12 @@ class ServerSettings:
                 f"catalogue {self.catalogue} is version {found}, but the server is to start with "
                 f"{self.catalogue_version}: publish that one there, or start again if it was replaced meanwhile"
             )
+
+
+def workers_here(parallel: ParallelConfig) -> int:
+    """Workers of this server on this machine; of engines that are Ray's actors only the own."""
+    engines = max(1, parallel.data_parallel_size_local, int(os.environ.get(ENGINES_HERE, 1)))
+    return parallel.local_world_size * engines
 
 
 def _poll_seconds(options: dict[str, Any]) -> float:
