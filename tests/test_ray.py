@@ -62,7 +62,21 @@ def wait_for(condition: Callable[[], bool], job: subprocess.Popen[bytes], second
         time.sleep(0.1)
 
 
-def test_a_job_outlives_a_node_and_goes_on_after_its_driver(checkpoint: Path, tmp_path: Path, cluster: Cluster) -> None:
+def test_a_job_without_a_cluster_says_what_to_do(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where it would find one of this machine
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    command = [sys.executable, "-m", "nezha_vllm.cli", "batch", str(checkpoint)]
+    command += [str(write_input(tmp_path / "in.parquet", 10)), "--out", str(tmp_path / "out"), "--ray", "auto"]
+    found = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert found.returncode == 2
+    assert "no Ray cluster at 'auto': begin one with `ray start --head`" in found.stderr
+
+
+def test_a_job_outlives_a_worker_and_a_node_and_goes_on_after_its_driver(
+    checkpoint: Path, tmp_path: Path, cluster: Cluster
+) -> None:
     source, out = write_input(tmp_path / "in.parquet", ROWS, row_group_size=1000), tmp_path / "out"
     table = parquet.read_table(source)
     histories = table["history"].to_pylist()
@@ -78,6 +92,9 @@ def test_a_job_outlives_a_node_and_goes_on_after_its_driver(checkpoint: Path, tm
 
     job = subprocess.Popen(command, env=environment)
     wait_for(lambda: parts() >= 3, job)
+    killed = workers(cluster)[-1]
+    os.kill(killed["Pid"], signal.SIGKILL)
+    wait_for(lambda: killed["Pid"] not in [worker["Pid"] for worker in workers(cluster)], job)
     victim = workers(cluster)[0]["Address"]["NodeID"]
     [node] = [node for node in cluster.worker_nodes if node.node_id == victim]
     cluster.remove_node(node, allow_graceful=False)

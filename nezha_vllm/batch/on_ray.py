@@ -46,7 +46,10 @@ class RayWorker:
 def run_on_ray(
     parts: Sequence[Part], recipe: Recipe, cluster: Cluster, worker: type = RayWorker
 ) -> Iterator[tuple[int, int]]:
-    """Rows and errors of each part as it is done, in any order. Raises ``ImportError`` without Ray."""
+    """Rows and errors of each part as it is done, in any order.
+
+    Raises ``ImportError`` without Ray, ``ValueError`` without a cluster at the address.
+    """
     try:
         import ray
         from ray.data import ActorPoolStrategy, DataContext
@@ -54,7 +57,11 @@ def run_on_ray(
         raise ImportError("Ray is not installed; pip install 'nezha-vllm[ray]'") from error
 
     if not ray.is_initialized():
-        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+        try:
+            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            remedy = "begin one with `ray start --head`, or name `local` for a new one"
+            raise ValueError(f"no Ray cluster at {cluster.address!r}: {remedy}") from error
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

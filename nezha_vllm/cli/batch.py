@@ -94,6 +94,8 @@ def _bar(console: Any) -> Progress:
 
 
 def _cluster(arguments: argparse.Namespace) -> Any:
+    from importlib.util import find_spec
+
     from nezha_vllm.batch.on_ray import Cluster
     from nezha_vllm.cli import UserError
 
@@ -101,6 +103,8 @@ def _cluster(arguments: argparse.Namespace) -> Any:
         if arguments.workers != 1:
             raise UserError("--workers needs --ray: auto for the cluster of this machine, local for a new one")
         return None
+    if find_spec("ray") is None:
+        raise UserError("Ray is not installed; pip install 'nezha-vllm[ray]'")
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}, must be at least 1")
     gpus = arguments.gpus if arguments.gpus is not None else float(Path("/dev/nvidiactl").exists())

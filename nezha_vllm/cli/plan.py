@@ -149,7 +149,7 @@ def _check(results: Path, markdown: bool, console: object) -> None:
                 )
         print()
     for title in skipped:
-        print(f"{title}: not checked, that takes two closed and two open loads")
+        print(f"{title}: not checked, that takes one engine, two closed and two open loads")
     print(
         f"\n✗: more than {GOOD:.0%} off. In brackets: where that is in nine of ten runs as long as the measured one. "
         "~: every item streamed. Left out: p50 and p99 off by a fit without that load. Open loads over 85 % of the "

@@ -16,7 +16,8 @@ RUNS = 12  # of a load that is foretold, each as long as the measurement; their 
 TRIALS, NEAR_TRIALS = 25, 10  # of a fit, for each time that is free; of one that begins near its end
 TENTH = 0.1  # relative errors that are larger count less than their square
 CLOSE = 0.85
-FITTED = 3000  # most requests of a load that a fit simulates; what is foretold is as long as the measurement
+FITTED = 6000  # most requests of an open load that a fit simulates, of a closed one, whose queue settles at once, a
+CLOSED_SHARE = 3  # third; what is foretold is as long as the measurement
 WEIGHTS = (4.0, 1.0)  # a few seconds tell a p50 better than a p99
 
 
@@ -76,10 +77,10 @@ def calibrate(curve: Curve, without: Load | None = None, begin: Calibration | No
     """
     used = [load for load in fitted_loads(curve) if load is not without]
     closed, opened = [load for load in used if load.clients], [load for load in used if load.rate]
-    if len(closed) < 2 or len(opened) < 2:
+    if len(closed) < 2 or len(opened) < 2 or not curve.usable:
         raise PlanError(
-            f"{curve.cell}: needs two closed and two open loads below {CLOSE:.0%} of its most requests/s, has "
-            f"{len(closed)} and {len(opened)}"
+            f"{curve.cell}: needs one engine, two closed and two open loads below {CLOSE:.0%} of its most "
+            f"requests/s, has {len(closed)} and {len(opened)}"
         )
     streamed = [load for load in opened if load.streamed]
     plain = [load for load in opened if not load.streamed]
@@ -103,10 +104,12 @@ def _fit(start: ServerModel, names: Sequence[str], loads: Sequence[Load], near: 
 
     def error(logs: np.ndarray) -> float:
         tried = model(logs)  # with the same random numbers as all others
-        off = np.log([_percentiles_of(tried, load, 0, FITTED) for load in loads]) - measured
+        found = [_percentiles_of(tried, load, 0, most) for load, most in zip(loads, limits, strict=True)]
+        off = np.log(found) - measured
         return float((np.array(WEIGHTS) * (np.sqrt(1 + (off / TENTH) ** 2) - 1)).sum())
 
     measured = np.log([(load.p50, load.p99) for load in loads])
+    limits = [FITTED // CLOSED_SHARE if load.clients else FITTED for load in loads]
     guess = np.log([getattr(start, name) for name in names])
     simplex = np.vstack([guess, guess + (0.1 if near else 0.3) * np.eye(len(guess))])
     trials = (NEAR_TRIALS if near else TRIALS) * len(names)

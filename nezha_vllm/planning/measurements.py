@@ -78,8 +78,8 @@ class Curve:
 
     @property
     def usable(self) -> bool:
-        """Whether there are loads enough to fit a server's times to."""
-        return len(self.open) >= 2 and len(self.closed) >= 2
+        """Whether there are loads enough to fit the times of a server to, which has one engine."""
+        return len(self.open) >= 2 and len(self.closed) >= 2 and self._flag("data-parallel-size", 1) == 1
 
     @property
     def max_requests(self) -> int:
