@@ -110,7 +110,7 @@ def test_a_large_catalogue_is_measured_at_the_width_or_an_estimate(
 def test_the_plan_is_that_of_the_server_that_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "SIMULATED", 4000)
     monkeypatch.setattr(calibration, "TRIALS", 12)
-    monkeypatch.setattr(calibration, "FITTED", 1500)
+    monkeypatch.setattr(calibration, "FITTED", 2000)
     write_results(tmp_path, SERVER)
     plan = make_plan(tmp_path, replace(WANTED, rates=(1000.0, 5000.0), p99_ms=16.0, spare=0.3))
     truth, *_ = capacity(SERVER, plan.curve, 16.0 / plan.margin)
@@ -128,7 +128,7 @@ def test_the_check_sets_every_load_beside_the_simulation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: list[str]
 ) -> None:
     write_results(tmp_path, SERVER)
-    for name, value in {"TRIALS": 3, "NEAR_TRIALS": 1, "RUNS": 3, "FITTED": 800}.items():
+    for name, value in {"TRIALS": 3, "NEAR_TRIALS": 1, "RUNS": 2, "FITTED": 300}.items():
         monkeypatch.setattr(calibration, name, value)
     assert cli.main(["plan", "--check", "--results", str(tmp_path), *how]) == 0
     printed = capsys.readouterr().out

@@ -190,5 +190,5 @@ def _print_table(title: str, rows: Iterable[list[str]], markdown: bool, console:
 
 
 def _off(off: float, chance: tuple[float, float] | None = None) -> str:
-    within = "" if chance is None else f" ({100 * chance[0]:+.0f}…{100 * chance[1]:+.0f})"
-    return f"{100 * off:+.0f}{within}" + (" ✗" if abs(off) > GOOD else "")
+    within = "" if chance is None else f" ({round(100 * chance[0]):+}…{round(100 * chance[1]):+})"
+    return f"{round(100 * off):+}{within}" + (" ✗" if abs(off) > GOOD else "")
