@@ -155,9 +155,10 @@ def set_cpu_defaults(vllm_config: VllmConfig) -> None:
 
 
 def set_gpu_defaults(vllm_config: VllmConfig) -> None:
-    """Whole prefills as CUDA graphs, and steps that do not wait for the next one, where the user has set nothing.
+    """Whole prefills as CUDA graphs, where the user has set nothing; asynchronous scheduling stays vLLM's choice.
 
-    ``max_num_seqs`` is capped: whether the user or vLLM has set it cannot be told.
+    With it a request alone takes up to 0.5 ms longer beside a fast host; a saturated GPU is busy for 0.9 of the time and
+    not 0.6, beside a slow host with a quarter more requests/s (docs/performance.md). ``max_num_seqs`` is capped: whether the user or vLLM has set it cannot be told.
     """
     from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
@@ -166,9 +167,6 @@ def set_gpu_defaults(vllm_config: VllmConfig) -> None:
     if scheduler.max_num_seqs > MAX_REQUESTS:
         logger.info("NEZHA: max_num_seqs %d becomes %d", scheduler.max_num_seqs, MAX_REQUESTS)
         scheduler.max_num_seqs = MAX_REQUESTS
-    if scheduler.async_scheduling is None:
-        # with it, a request alone takes 0.1 to 0.5 ms longer, at the same saturation (docs/performance.md)
-        scheduler.async_scheduling = False
     # FlashAttention 3 can be captured whatever the lengths; elsewhere vLLM would turn full graphs off for prefills
     hopper = current_platform.is_device_capability(90)
     model = vllm_config.model_config
