@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nezha_vllm.manifest import MANIFEST, CatalogueError, checksum, read_manifest
+from nezha_vllm.manifest import MANIFEST, CatalogueError, checksum, read_manifest, read_small
 
 CURRENT, VERSIONS = "CURRENT", "versions"
 POINTER_FORMAT = 1
@@ -57,14 +57,15 @@ def read_pointer(store: Path) -> Pointer:
     try:
         if path.is_symlink() or not path.is_file():
             raise CatalogueError(f"{path} is no regular file; {remedy}")
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(read_small(path))
         if fields.pop("checksum") != checksum(fields):
             raise CatalogueError(f"{path} is damaged: its checksum does not match; {remedy}")
         if fields.pop("format") != POINTER_FORMAT:
             raise CatalogueError(f"{path} has a format that this version does not read; {remedy}")
         pointer = Pointer(**fields)
         names = [pointer.version] if pointer.previous is None else [pointer.version, pointer.previous]
-        if not all(map(is_version_name, names)) or type(pointer.sequence) is not int:
+        counts = type(pointer.sequence) is int and 0 <= pointer.sequence < 2**63  # engines are told of it
+        if not all(map(is_version_name, names)) or not counts:
             raise CatalogueError(f"{path} is damaged: {names} with sequence {pointer.sequence!r}; {remedy}")
     except CatalogueError:
         raise

@@ -211,6 +211,29 @@ def test_a_pointer_is_no_path(store, name):
         Catalogue.load(store.folder)
 
 
+@pytest.mark.parametrize("sequence", [-1, 2**63, 10**400, 1.0, True, "1", None])
+def test_a_pointer_counts(store, sequence):
+    write_pointer(store.folder, Pointer("two", "0", sequence, None, "now"))
+    with pytest.raises(CatalogueError, match="CURRENT is damaged"):
+        read_pointer(store.folder)
+
+
+@pytest.mark.parametrize("name", [CURRENT, f"{VERSIONS}/two/{MANIFEST}"])
+def test_a_pointer_or_manifest_without_end_is_not_read_to_its_end(store, name):
+    with (store.folder / name).open("r+b") as file:
+        file.truncate(1 << 40)  # of which the disk holds nothing
+    with pytest.raises(CatalogueError, match="more than 1048576 bytes"):
+        Catalogue.load(store.folder)
+
+
+@pytest.mark.parametrize("name", [ITEMS, KEYS])
+def test_a_file_of_another_size_is_not_read_at_all(store, name):
+    with (store.folder / VERSIONS / "two" / name).open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CatalogueError, match=f"{name} is damaged: its size"):
+        Catalogue.load(store.folder)
+
+
 @pytest.mark.parametrize("error", [PermissionError, OSError(errno.ESTALE, "stale file handle")])
 def test_a_store_that_cannot_be_reached_is_a_damaged_pointer(store, monkeypatch, error):
     def fail(path):
