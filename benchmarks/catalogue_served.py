@@ -1,4 +1,4 @@
-"""What the size of a catalogue changes for a server: start, memory, and requests of the same histories.
+"""What the size of a catalogue changes for a server: start, memory, requests of the same histories, and long rules.
 
     python -m benchmarks.catalogue_served --model DIR --catalogues DIR/catalogue build/large -- --api-server-count 4
 
@@ -13,11 +13,21 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
 
 from benchmarks.reliability.crowd import Crowd
 from benchmarks.reliability.processes import file_bytes, used_bytes
+from benchmarks.reliability.questions import Questions
 from benchmarks.reliability.start import parser, questions, split, started
+from nezha_vllm.catalogue import Catalogue
+
+LISTED = 10_000
+JSON = {"Content-Type": "application/json"}
 
 
 def measure(arguments: argparse.Namespace, catalogue: Path, vllm_args: Sequence[str]) -> int:
@@ -34,10 +44,30 @@ def measure(arguments: argparse.Namespace, catalogue: Path, vllm_args: Sequence[
                 print(f"  {count} clients, K {asked.beam_width}, n {asked.n}: {tally}", flush=True)
                 wrong += len(tally.problems) + sum(tally.outcomes.values()) - tally.outcomes["200"]
                 print(*(f"    wrong: {problem}\n" for problem in tally.problems[:3]), end="")
+        rule_costs(server.url, asked, Catalogue.load(arguments.model / "catalogue"))
         files = file_bytes(group)
         for name, size in used_bytes(group).items():
             print(f"  {name}: {size >> 20} MiB of its own, {files.get(name, 0) >> 20} MiB of files")
     return wrong
+
+
+def rule_costs(url: str, asked: Questions, catalogue: Catalogue, times: int = 100) -> None:
+    """What one client waits for with a long list of items, which it sends each time."""
+    listed = catalogue.item_ids(range(0, catalogue.num_items, max(1, catalogue.num_items // LISTED)))[:LISTED]
+    rules: dict[str, dict[str, Any]] = {"no rule": {}}
+    rules |= {f"{len(listed):,} in {name}": {name: listed} for name in ("exclude_items", "allow_items")}
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=60)
+    for name, options in rules.items():
+        bodies = [asked.body(which, vllm_xargs=options) for which in range(len(asked.prompts))]
+        took = []
+        for number in range(times):
+            begun = time.perf_counter()
+            connection.request("POST", "/v1/completions", bodies[number % len(bodies)], JSON)
+            response = connection.getresponse()
+            response.read()
+            assert response.status == 200, response.status
+            took.append(1e3 * (time.perf_counter() - begun))
+        print(f"  1 client, {name}: p50 {np.median(took):.2f} ms, {len(bodies[0]) >> 10} KiB", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -71,7 +71,10 @@ def test_a_request_by_another_route_is_one_request_too(
     async def render(handler: Any, request: Any, raw_request: Any) -> Service:
         return service_for_request(after)
 
-    handler, request = SimpleNamespace(model_config=None), SimpleNamespace(prompt="", to_sampling_params=lambda *_: None)
+    handler, request = (
+        SimpleNamespace(model_config=None),
+        SimpleNamespace(prompt="", to_sampling_params=lambda *_: None),
+    )
     assert asyncio.run(install._create_completion(render)(handler, request)) is before
 
 

@@ -78,7 +78,7 @@ class Questions:
 
     def body(self, which: int, **fields: Any) -> bytes:
         if self.beam_width is not None:
-            fields["vllm_xargs"] = {"beam_width": self.beam_width}
+            fields["vllm_xargs"] = {"beam_width": self.beam_width, **fields.get("vllm_xargs", {})}
         return json.dumps({"prompt": self.prompts[which], "n": self.n, **fields}).encode()
 
     def check(self, which: int, content: bytes) -> tuple[str, str | None]:
