@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 from nezha_vllm.catalogue import Catalogue
 
 TOLERANCE = 1e-4  # on scores, in float32
+BATCH = 16  # histories at once
 Ranking = Sequence[tuple[str, float]]
 
 
@@ -60,11 +61,13 @@ def rankings(
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def ranking(catalogue: Catalogue, history: Sequence[str]) -> Ranking:
-        [items] = recommend(model, [history], n, catalogue=catalogue, beam_width=beam_width, kernels=False)
-        return [(item.item_id, item.score) for item in items]
+    def answers(catalogue: Catalogue) -> Iterator[Ranking]:
+        for at in range(0, len(histories), BATCH):
+            some = histories[at : at + BATCH]
+            for items in recommend(model, some, n, catalogue=catalogue, beam_width=beam_width, kernels=False):
+                yield [(item.item_id, item.score) for item in items]
 
-    return {catalogue.version: [ranking(catalogue, history) for history in histories] for catalogue in catalogues}
+    return {catalogue.version: list(answers(catalogue)) for catalogue in catalogues}
 
 
 def difference(found: Ranking, expected: Ranking, tolerance: float = TOLERANCE, n: int | None = None) -> str | None:
