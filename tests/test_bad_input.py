@@ -152,6 +152,11 @@ COSTLY: list[tuple[str, dict[str, Any]]] = [
     ("stop_token_ids", {"prompt": "a", "stop_token_ids": ["x"] * MANY}),
     ("other", {"prompt": "a", "other": [[[0] * 40] * 40]}),
     ("body", {str(i): i for i in range(MANY)}),
+    ("body", {"prompt": "a", "x" * 20_000: 1}),
+    ("model", {"prompt": "a", "model": "x" * 20_000}),
+    ("request_id", {"prompt": "a", "request_id": "x" * 20_000}),
+    ("logit_bias", {"prompt": "a", "logit_bias": {"x" * 20_000: 1}}),
+    ("stop", {"prompt": "a", "stop": ["x" * 10_000] * 2}),
     ("structured_outputs", {"prompt": "a", "structured_outputs": "regex"}),  # an AttributeError in vLLM 0.32
 ]
 

@@ -16,6 +16,7 @@ from nezha_vllm.frontend.errors import bad_request, shown
 
 FEW = 64  # entries that may be of any kind
 MOST = 1_024  # values in a field that is no prompt and no option
+LONGEST = 16_384  # characters of such a field, and of all names of fields
 PROMPT = "prompt must be a text, a list of token ids, or a list of prompts, each a text or a list of token ids"
 
 
@@ -33,6 +34,8 @@ def check_shape(body: bytes) -> None:
         raise bad_request("structured_outputs", "structured_outputs has no meaning for catalogue items; leave it out")
     if len(fields) > MOST:
         raise bad_request("body", f"the request has {len(fields)} fields; send at most {MOST}")
+    if sum(map(len, fields)) > LONGEST:
+        raise bad_request("body", f"the names of the fields have more than {LONGEST} characters")
     for name, value in fields.items():
         _check_size(name, value)
 
@@ -67,11 +70,18 @@ def _kinds(values: list[Any]) -> set[type]:
 
 
 def _check_size(name: str, value: Any) -> None:
-    count, waiting = 0, [value]
+    """Of the model's name, for instance, a 404 would have all the megabytes that were sent."""
+    count, length, waiting = 0, 0, [value]
     while waiting:
         one = waiting.pop()
+        if isinstance(one, str):
+            length += len(one)
+        if isinstance(one, dict):
+            length += sum(map(len, one))
         if isinstance(one, (list, dict)):
             count += len(one)
-            if count > MOST:
-                raise bad_request(name, f"{shown(name)} has more than {MOST} values; send fewer")
             waiting.extend(one.values() if isinstance(one, dict) else one)
+        if count > MOST:
+            raise bad_request(name, f"{shown(name)} has more than {MOST} values; send fewer")
+        if length > LONGEST:
+            raise bad_request(name, f"{shown(name)} has more than {LONGEST} characters; send fewer")
