@@ -1,7 +1,7 @@
 """The server's API key also guards what vLLM leaves open and a recommender should not.
 
 vLLM asks for the key under ``/v1``, ``/v2`` and ``/inference``. ``/invocations`` answers like ``/v1/completions``, and
-``/tokenize`` tells the semantic IDs of items.
+``/tokenize`` tells the semantic IDs of items; ``/scale_elastic_ep`` changes the server.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
-GUARDED = ("/invocations", "/tokenize", "/detokenize", "/generative_scoring")
+GUARDED = ("/invocations", "/tokenize", "/detokenize", "/generative_scoring", "/scale_elastic_ep")
 
 
 def authentication_middleware() -> type:
