@@ -26,7 +26,8 @@ class Row:
     Of a ``part`` of a request, a kernel say, ``us`` is the median time with warm caches, ``cold_us`` with an L2 that
     holds something else, ``floor_us`` what its bytes and operations take at the two ceilings.
     ``engine_cores`` and ``api_cores`` are the cores that the busiest process of the kind used under that load,
-    ``gpu_busy`` is the share of the time in which the busiest GPU ran something.
+    ``gpu_busy`` is the share of the time in which the busiest GPU ran something, and ``stolen`` the share of the time
+    in which cores had work that a hypervisor gave to others: a tail with it is not the server's.
     """
 
     # where and when; `machine.describe` fills them
@@ -80,6 +81,7 @@ class Row:
     engine_cores: float | None = None
     api_cores: float | None = None
     gpu_busy: float | None = None
+    stolen: float | None = None
     note: str = ""
 
     @property

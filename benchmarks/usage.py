@@ -1,4 +1,4 @@
-"""What a load keeps busy: the processes of the server, by /proc, and its GPUs, by ``nvidia-smi``."""
+"""What a load keeps busy: cores and the processes of the server, by /proc, and GPUs, by ``nvidia-smi``."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ def watching(group: int | None, gpus: str = "") -> Iterator[dict[str, float]]:
     if group is None:
         yield found
         return
-    before, begun, sampler = _cpu_seconds(group), time.perf_counter(), _sample_gpus(gpus)
+    before, begun, machine, sampler = _cpu_seconds(group), time.perf_counter(), _machine_ticks(), _sample_gpus(gpus)
     try:
         yield found
     finally:
         seconds = time.perf_counter() - begun
         after = _cpu_seconds(group)
+        worked, stolen = (now - then for now, then in zip(_machine_ticks(), machine, strict=True))
+        if worked + stolen:
+            found["stolen"] = stolen / (worked + stolen)
         if sampler is not None:
             sampler.terminate()
             text, _ = sampler.communicate()
@@ -65,6 +68,14 @@ def _sample_gpus(gpus: str) -> subprocess.Popen[str] | None:
     return subprocess.Popen(
         ["nvidia-smi", *chosen, *asked], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
+
+
+def _machine_ticks() -> tuple[int, int]:
+    """Of all cores since the machine started: at work, and waiting for a hypervisor while there was work."""
+    user, nice, system, _idle, _waiting, interrupts, soft, stolen = map(
+        int, Path("/proc/stat").read_text().split()[1:9]
+    )
+    return user + nice + system + interrupts + soft, stolen
 
 
 def _cpu_seconds(group: int) -> dict[str, float]:

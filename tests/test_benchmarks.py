@@ -262,6 +262,7 @@ def test_a_busy_process_of_a_server_is_seen():
             process.kill()
     assert 0.1 < found["engine_cores"] < 1.3
     assert "api_cores" not in found
+    assert 0 <= found["stolen"] < 1
     with watching(None) as found:
         pass
     assert found == {}
