@@ -68,13 +68,33 @@ def test_a_full_server_answers_as_many_as_its_steps_hold() -> None:
     assert 31 * 0.5 + 2 < np.median(closed) < 31 * 0.5 + 2 + 31 * 1.0 / 4 + 2 * 2.5
 
 
+def test_clients_over_a_step_wait_for_a_third_one_unless_steps_overlap() -> None:
+    """Of 64 clients and steps of 31 two are left over; where a step is scheduled ahead, they have one of their own."""
+    for overlapping, low, high in ((False, 1.3, 1.5), (True, 1.0, 1.15)):
+        p50, p99 = percentiles(closed_loop(replace(SERVER, api_ms=0.5, overlapping=overlapping), 64, 4000))
+        assert low < p99 / p50 < high
+
+
+def test_rows_say_whether_steps_overlapped(tmp_path: Path) -> None:
+    write_results(tmp_path, SERVER)
+    [curve] = read_curves(tmp_path)
+    assert not curve.overlapping
+    for settings, commit, overlapping in (
+        ("", "3fe91bed", False),
+        ("--async-scheduling", "3fe91bed", True),
+        ("", "later", True),
+    ):
+        assert replace(curve, settings=settings, commit=commit).overlapping == overlapping
+
+
 def write_results(folder: Path, server: ServerModel) -> None:
     """Rows as if ``server`` had been measured, by so many users in open loops."""
     with (RESULTS / "throughput.csv").open(newline="") as file:
         rows = csv.DictReader(file)
         row = next(row for row in rows if row["beam_width"] == "512")
         names = list(row)
-    row |= {"settings": "--api-server-count 4 --max-num-batched-tokens 4096", "note": "", "commit": "made-up"}
+    settings = "--api-server-count 4 --max-num-batched-tokens 4096 --no-async-scheduling"
+    row |= {"settings": settings, "note": "", "commit": "made-up"}
     found = []
     for clients in (8, 16, 31):
         p50, p99 = percentiles(closed_loop(server, clients, 20 * clients, seed=9))

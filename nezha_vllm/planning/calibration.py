@@ -122,8 +122,8 @@ def _first_guess(curve: Curve, plain: bool) -> ServerModel:
     clients, latencies = zip(*((load.clients or 0, load.p50) for load in curve.closed), strict=True)
     line = np.polyfit(clients, latencies, 1)
     request_ms, fixed_ms = max(0.05, float(line[0])), max(1.0, float(line[1]))
-    processes, pause_ms = curve.api_processes, PAUSE_MS if plain else 0.0
-    return ServerModel(0.6 * fixed_ms, request_ms, API_MS, 0.2 * fixed_ms, pause_ms, curve.max_requests, processes)
+    limits = curve.max_requests, curve.api_processes, curve.overlapping
+    return ServerModel(0.6 * fixed_ms, request_ms, API_MS, 0.2 * fixed_ms, PAUSE_MS if plain else 0.0, *limits)
 
 
 def fitted_loads(curve: Curve) -> list[Load]:

@@ -11,6 +11,7 @@ from typing import Any
 
 STEP_TOKENS = 4096  # max_num_batched_tokens where the settings name no other and every prompt fits (config_hook.py)
 OLDER_STEP_TOKENS = {"3fe91bed": 8192}  # by commit: vLLM's own
+STEP_BY_STEP = ("3fe91bed", "0db5411")  # commits whose servers did not schedule asynchronously by themselves
 FULL_STEP = 64  # requests of the fullest step of which the draft stage was measured
 
 
@@ -86,6 +87,12 @@ class Curve:
         """Most requests of a step."""
         default = max(OLDER_STEP_TOKENS.get(self.commit, STEP_TOKENS), self.engine_tokens)
         return min(256, int(self._flag("max-num-batched-tokens", default)) // self.engine_tokens)
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether a step was scheduled while another ran."""
+        asked = re.search(r"--(no-)?async-scheduling", self.settings)
+        return asked[1] is None if asked else self.commit not in STEP_BY_STEP
 
     @property
     def api_processes(self) -> int:

@@ -1,10 +1,11 @@
 """One server as a queueing model: API processes in front of an engine that answers whatever waits in one step.
 
 Times are milliseconds. A step takes ``step_ms`` and ``request_ms`` for each request in it; requests that arrive
-meanwhile wait for the next one. An API process is one core: it works on a request before the engine and after it, one
-thing at a time, for exponentially distributed times, and once a second in the mean it pauses, as Python does to collect
-garbage: a client that reads answers in Python counts with it. Which API process gets an arrival is chance, as it is
-with connections that are opened at random.
+meanwhile wait for the next one, or for the one behind it where steps overlap: with asynchronous scheduling, the
+requests of a step are chosen when the one before it begins. An API process is one core: it works on a request before
+the engine and after it, one thing at a time, for exponentially distributed times, and once a second in the mean it
+pauses, as Python does to collect garbage: a client that reads answers in Python counts with it. Which API process gets
+an arrival is chance, as it is with connections that are opened at random.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class ServerModel:
     pause_ms: float
     max_requests: int
     api_processes: int
+    overlapping: bool = False
 
     def most_requests_per_s(self) -> float:
         """Requests/s above which a queue grows without end."""
@@ -83,15 +85,20 @@ class _Server:
             self.work.succeed()
 
     def _engine(self) -> Generator[Any, Any, None]:
-        model = self.model
+        model, free_at = self.model, 0.0
+        under_way: deque[tuple[float, list[tuple[float, int, float]]]] = deque()  # steps, and when they end
         while True:
-            if not self.waiting:
+            if not self.waiting and not under_way:
                 self.work = self.environment.event()
                 yield self.work
-            step = [self.waiting.popleft() for _ in range(min(len(self.waiting), model.max_requests))]
-            yield self.environment.timeout(
-                model.step_ms + len(step) * model.request_ms + sum(more for _, _, more in step)
-            )
+            if self.waiting and len(under_way) <= model.overlapping:
+                step = [self.waiting.popleft() for _ in range(min(len(self.waiting), model.max_requests))]
+                more = sum(more for _, _, more in step)
+                free_at = max(free_at, self.environment.now) + model.step_ms + len(step) * model.request_ms + more
+                under_way.append((free_at, step))
+                continue
+            ends, step = under_way.popleft()
+            yield self.environment.timeout(max(0.0, ends - self.environment.now))
             for started, process, _ in step:
                 behind = self._occupy(process, 1 - BEFORE) + model.rest_ms
                 self.answered(process, behind, self.environment.now + behind - started)
