@@ -1,7 +1,7 @@
 """Replicas, GPUs and cost for a traffic, from measured rows and a queueing simulation.
 
   nezha plan --requests-per-s 5000 --beam-width 512 --p99 30
-  nezha plan --traffic day.csv --beam-width 512 --items 100000000 --p99 30 --gpu-price 2.5 --estimate
+  nezha plan --traffic day.csv --beam-width 512 --items 100000000 --p99 30 --gpu-price 2.5
   nezha plan --check
 
 One server of one GPU is simulated: API processes in front of an engine that answers in steps what waits. Its times are
