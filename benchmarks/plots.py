@@ -101,7 +101,8 @@ def draw_latency(rows: Sequence[Row]) -> Any:
 
 def draw_throughput(rows: Sequence[Row]) -> Any:
     """Requests/s over clients, and p99 over requests/s of both loops; lines of one system differ in beam width."""
-    rows = most_measured([row for row in rows if row.transport == "http" and row.requests_per_s and row.p99_ms])
+    rows = [row for row in rows if row.transport == "http" and row.requests_per_s and row.p99_ms]
+    rows = most_measured([row for row in rows if ", " not in row.model] or rows)  # without circumstances in its label
     if not rows:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.2, 4.4))
