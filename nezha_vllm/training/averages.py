@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-FILE = "averages.pt"  # in a checkpoint of the Trainer
+FILE = "averages.safetensors"  # in a checkpoint of the Trainer
 
 
 class Averages(TrainerCallback):
@@ -34,11 +35,11 @@ class Averages(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            torch.save(dict(zip(self.names, self.averages, strict=True)), folder / FILE)
+            save_file(dict(zip(self.names, self.averages, strict=True)), folder / FILE)
 
     def load(self, checkpoint: str | Path) -> None:
         """The averages that were saved with a checkpoint of the Trainer."""
-        saved = torch.load(Path(checkpoint) / FILE, map_location=self.averages[0].device, weights_only=True)
+        saved = load_file(Path(checkpoint) / FILE, device=str(self.averages[0].device))
         for name, average in zip(self.names, self.averages, strict=True):
             average.copy_(saved[name])
 
