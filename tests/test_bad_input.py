@@ -107,6 +107,9 @@ def test_bodies_together_have_a_limit_and_the_largest_one_is_read(monkeypatch: p
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": bytes(MAX_BODY)}
 
+    async def gone() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
     async def run() -> None:
         for _ in range(2):  # what has ended makes room
             with Body(receive) as one, Body(receive) as two, Body(receive) as three:
@@ -114,6 +117,8 @@ def test_bodies_together_have_a_limit_and_the_largest_one_is_read(monkeypatch: p
                     assert len((await body.receive())["body"]) == MAX_BODY
                 with pytest.raises(BodiesFull):
                     await three.receive()
+                with Body(gone) as left:  # meanwhile, a client that is being answered may leave
+                    assert (await left.receive())["type"] == "http.disconnect"
             assert Body.held == 0
 
     asyncio.run(run())

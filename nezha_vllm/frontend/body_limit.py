@@ -51,6 +51,6 @@ class Body:
             raise HTTPException(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body has more than {most}; send several requests"
             )
-        if Body.held > MAX_BODIES:
+        if part and Body.held > MAX_BODIES:  # what brings nothing, the news that a client left, is no reason
             raise BodiesFull
         return message
