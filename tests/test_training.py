@@ -12,9 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.trainer_callback import TrainerState
 
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.data.dataset import Dataset
+from nezha_vllm.training.averages import FILE
 from nezha_vllm.training.baselines import Markov, Popularity
 from nezha_vllm.training.comparison import BASELINES, compare, table, to_json
 from nezha_vllm.training.evaluation import HeldOut, model_ranks, target_loss
@@ -22,6 +24,7 @@ from nezha_vllm.training.fit import codes_of, fit
 from nezha_vllm.training.metrics import UNRANKED, ndcg, ranks_of, summary
 from nezha_vllm.training.options import PRETRAINED, TrainingOptions
 from nezha_vllm.training.packing import PackedCollator, Segments, packed
+from nezha_vllm.training.resume import LAST_WRITTEN, NOTE, resumable
 from nezha_vllm.training.start import starting_model
 from nezha_vllm.training.trainer import parameter_groups
 
@@ -196,6 +199,18 @@ def test_an_interrupted_run_ends_like_one_that_was_not(catalogue, rings, tmp_pat
     assert [line.split(":")[0] for line in lines] == ["epoch 3", "epoch 4"]
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, msg=name)
+
+
+def test_a_checkpoint_whose_averages_were_not_written_is_not_whole(tmp_path):
+    (tmp_path / NOTE).write_text("run")
+    first, last = (tmp_path / f"checkpoint-{number}" for number in (1, 2))
+    for checkpoint in (first, last):
+        checkpoint.mkdir()
+        TrainerState().save_to_json(str(checkpoint / LAST_WRITTEN))
+    assert resumable(tmp_path, "run") == str(last)
+    (first / FILE).touch()
+    assert resumable(tmp_path, "run", [FILE]) == str(first)
+    assert not last.exists()
 
 
 def test_another_run_does_not_resume_from_the_first(catalogue, rings, tmp_path):

@@ -35,7 +35,9 @@ class Averages(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            save_file(dict(zip(self.names, self.averages, strict=True)), folder / FILE)
+            partial = folder / f"{FILE}.partial"
+            save_file(dict(zip(self.names, self.averages, strict=True)), partial)
+            partial.replace(folder / FILE)  # a run that is killed here leaves no half of one
 
     def load(self, checkpoint: str | Path) -> None:
         """The averages that were saved with a checkpoint of the Trainer."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainingArguments
 
-from nezha_vllm.training.averages import Averages
+from nezha_vllm.training.averages import FILE, Averages
 from nezha_vllm.training.evaluation import HeldOut
 from nezha_vllm.training.graphs import fuse_norms
 from nezha_vllm.training.item_loss import ItemLoss
@@ -100,7 +100,8 @@ def fit(
     if averages:
         trainer.add_callback(averages)
     with trainer.args.main_process_first(local=False):
-        last = resumable(run_folder, identity(options, catalogue, model.config, split.train))
+        run = identity(options, catalogue, model.config, split.train)
+        last = resumable(run_folder, run, [FILE] if averages else [])
     if averages and last:
         averages.load(last)
     trainer.train(resume_from_checkpoint=last)

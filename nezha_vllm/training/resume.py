@@ -31,21 +31,24 @@ def identity(
     return json.dumps(parts, default=str, sort_keys=True)
 
 
-def resumable(run_folder: Path, run: str) -> str | None:
-    """The last checkpoint of the run with this identity, or None; a folder of another run is cleared."""
+def resumable(run_folder: Path, run: str, needed: Sequence[str] = ()) -> str | None:
+    """The last checkpoint of the run with this identity, or None; a folder of another run is cleared.
+
+    ``needed``: files that are written behind the Trainer's own, without which a checkpoint is not whole.
+    """
     note = run_folder / NOTE
     if not (note.is_file() and note.read_text(encoding="utf-8") == run):
         shutil.rmtree(run_folder, ignore_errors=True)
         run_folder.mkdir(parents=True)
         note.write_text(run, encoding="utf-8")
-    while (last := get_last_checkpoint(str(run_folder))) is not None and not _is_whole(Path(last)):
+    while (last := get_last_checkpoint(str(run_folder))) is not None and not _is_whole(Path(last), needed):
         shutil.rmtree(last)
     return last
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_whole(checkpoint: Path, needed: Sequence[str]) -> bool:
     try:
         TrainerState.load_from_json(str(checkpoint / LAST_WRITTEN))
     except (OSError, ValueError, TypeError):
         return False
-    return True
+    return all((checkpoint / name).is_file() for name in needed)
