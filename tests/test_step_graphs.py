@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Trainer
 
 from nezha_vllm.hf.backbones import tiny_shape
 from nezha_vllm.hf.checkpoint import scratch_config
 from nezha_vllm.hf.modeling import MODEL_CLASSES
 from nezha_vllm.training.graphs import FusedNorm, StepGraphs, fuse_norms
 from nezha_vllm.training.packing import PackedCollator
+from nezha_vllm.training.trainer import NezhaTrainer
 
 SIZES = [8, 8, 8]
 
@@ -55,6 +59,21 @@ def test_fused_norms_are_the_backbones(family):
     torch.testing.assert_close(gradients(model, batch), expected, atol=1e-6, rtol=1e-4)
 
 
+def test_a_step_that_cannot_be_captured_is_made_with_the_memory_of_the_graphs(monkeypatch):
+    def none(batch):
+        raise RuntimeError("out of memory")
+
+    trainer = NezhaTrainer.__new__(NezhaTrainer)
+    trainer.args = SimpleNamespace(gradient_accumulation_steps=1)
+    model = model_of()
+    trainer.graphs = StepGraphs(model, none)
+    monkeypatch.setattr(StepGraphs, "_capture", StepGraphs._eager)  # no GPU here
+    graphs = weakref.ref(trainer.graphs)
+    monkeypatch.setattr(Trainer, "training_step", lambda *_: graphs())
+    left = trainer.training_step(model, PackedCollator(model.config, 6)(pieces(5)))
+    assert left is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["nezha", "ar"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -86,3 +105,19 @@ def test_every_replay_drops_other_features():
     batch = PackedCollator(model.config, 6, device="cuda", row_multiple=4)(pieces(5))
     steps = StepGraphs(model, lambda batch: model(**batch).loss)
     assert len({float(steps(batch)) for _ in range(4)}) == 4
+
+
+@pytest.mark.gpu
+def test_torch_is_as_it_was_behind_a_capture_that_failed():
+    model = model_of().cuda().train()
+
+    def loss_of(batch):
+        loss = model(**batch).loss
+        float(loss)  # the host waits, which no graph can hold
+        return torch.nn.functional.dropout(loss, 0.5)
+
+    stream, batch = torch.cuda.current_stream(), PackedCollator(model.config, 6, device="cuda")(pieces(5))
+    with pytest.raises(RuntimeError):
+        StepGraphs(model, loss_of)(batch)
+    assert torch.cuda.current_stream() == stream
+    assert loss_of(batch).isfinite()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_GRAPHS = 32  # shapes of batches; a graph takes a few MB and a tenth of a second to capture
+MAX_GRAPHS = 32  # shapes of batches; a graph takes gradients of its own and a tenth of a second to capture
 WARM_UP = 3  # steps before the first capture, as torch asks for: libraries allocate what they keep
 
 
@@ -27,8 +27,8 @@ class StepGraphs:
     """Forward and backward pass of a batch, captured once a shape and replayed: ``steps(batch)`` → loss, gradients set.
 
     Everything that changes from step to step is either in the batch, on the GPU, or drawn by CUDA's generator, which
-    graphs advance. Gradients are overwritten, not added to. Graphs share their memory, so gradients are good until the
-    next call.
+    graphs advance. Gradients are overwritten, not added to, and are good until the next call. Graphs share the memory
+    of activations; gradients each has of its own, and where the GPU has no room for them capturing fails.
     """
 
     def __init__(self, model: nn.Module, loss_of: Callable[[dict[str, Tensor]], Tensor]) -> None:
@@ -69,8 +69,17 @@ class StepGraphs:
             self.pool = torch.cuda.graph_pool_handle()
         self.model.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            loss = self._eager(batch)
+        try:
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),  # which a capture that fails would not go back to
+                torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+            ):
+                loss = self._eager(batch)
+        except RuntimeError:
+            # its generator would be left in the capture, and nothing could be drawn any more
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         grads = [(parameter, parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
         return _Graph(graph, batch, loss, grads)
 

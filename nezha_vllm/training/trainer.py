@@ -61,11 +61,12 @@ class NezhaTrainer(Trainer):
         try:
             return self.graphs(inputs)
         except RuntimeError as error:
-            # a GPU or a version that cannot capture this: slower, and the same
-            logger.warning("training goes on without CUDA graphs: %s", error)
-            self.graphs = None
-            model.zero_grad()
-            return super().training_step(model, inputs, num_items_in_batch)
+            why = str(error)  # a GPU, its memory or a version that cannot capture this: slower, and the same
+        # behind the handler and without the error, whose frames hold the graphs and all their memory
+        logger.warning("training goes on without CUDA graphs: %s", why)
+        self.graphs = None
+        model.zero_grad()
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def _loss(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.model(**inputs).loss  # type: ignore[misc]
