@@ -75,7 +75,9 @@ class Plan:
             raw = tomllib.load(file)
         models = {name: list(model["init"]) for name, model in raw.get("models", {}).items()}
         steps = [_step(path, number, step) for number, step in enumerate(raw.get("steps", []), 1)]
-        for step in steps:
+        for number, step in enumerate(steps):
+            if step.name in [other.name for other in steps[:number]]:  # servers are found by it
+                raise ValueError(f"{path}: two steps are called {step.name!r}")
             if isinstance(step, ServerStep) and step.model not in models:
                 raise ValueError(f"{path}: step {step.name} wants model {step.model!r}, the plan has {sorted(models)}")
         return cls(models, steps, list(raw.get("together", [])))

@@ -66,6 +66,7 @@ def test_systems_are_asked_what_they_can_answer_once():
         (SERVER.replace('["nezha"]', '["hf-beam"]'), "not \\['hf-beam'\\]"),
         (SERVER + 'latency = ["128"]\n', "step s: '128': write prompt tokens:K:n"),
         ('[[steps]]\nname = "s"\n', "systems"),
+        (SERVER + SERVER.partition("[[steps]]")[1] + SERVER.partition("[[steps]]")[2], "two steps are called 's'"),
     ],
 )
 def test_a_wrong_plan_says_where(tmp_path, text, words):
