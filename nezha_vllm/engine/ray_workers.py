@@ -43,7 +43,7 @@ def end_with_workers(vllm_config: VllmConfig) -> None:
     def wait_and_end() -> None:
         monitor.join()
         time.sleep(GRACE)
-        logger.error("NEZHA: a Ray worker of this engine is gone, and what it was asked has no answer. The engine ends")
+        logger.error("NEZHA: vLLM's watch over this engine's Ray workers has ended: one is gone, or Ray is. So it ends")
         os._exit(1)
 
     threading.Thread(target=wait_and_end, daemon=True, name="nezha-workers").start()
