@@ -157,8 +157,8 @@ def set_cpu_defaults(vllm_config: VllmConfig) -> None:
 def set_gpu_defaults(vllm_config: VllmConfig) -> None:
     """Whole prefills as CUDA graphs, where the user has set nothing. Asynchronous scheduling stays vLLM's choice.
 
-    With it a request alone takes up to 0.5 ms longer beside a fast host, but a saturated GPU is busy for 0.9 of the
-    time instead of 0.6, and beside a slow host there are a quarter more requests/s (docs/performance.md).
+    With it a request alone takes up to 0.5 ms longer beside a fast host, but beside a slow one a saturated GPU is busy
+    for 0.84 to 0.9 of the time instead of 0.6 to 0.7, with 12 to 26 % more requests/s (docs/performance.md).
     ``max_num_seqs`` is capped: whether the user or vLLM has set it cannot be told.
     """
     from vllm.config import CUDAGraphMode
