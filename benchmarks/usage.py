@@ -40,7 +40,7 @@ def watching(group: int | None, gpus: str = "") -> Iterator[dict[str, float]]:
             found["stolen"] = stolen / (worked + stolen)
         if sampler is not None:
             sampler.terminate()
-            text, _ = sampler.communicate()
+            text, _ = sampler.communicate(timeout=10)
             if (busy := busiest_gpu(text)) is not None:
                 found["gpu_busy"] = busy
     for name in after.keys() & before.keys():

@@ -20,7 +20,7 @@ from vllm.exceptions import VLLMValidationError
 
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.frontend import body_limit
-from nezha_vllm.frontend.body_limit import MAX_BODY, BodiesFull, Body
+from nezha_vllm.frontend.body_limit import MAX_BODY, SMALL_BODY, BodiesFull, Body
 from nezha_vllm.frontend.completions import MAX_ENTRIES, MAX_ITEMS, check_batch
 from nezha_vllm.frontend.options import OPTIONS, check_search
 from nezha_vllm.frontend.prompts import CHARACTERS_A_TOKEN, expand_items
@@ -102,10 +102,13 @@ def test_a_body_without_end_is_not_read_to_its_end(parts: list[int]) -> None:
 
 
 def test_bodies_together_have_a_limit_and_the_largest_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_limit, "MAX_BODIES", 2 * MAX_BODY)
+    monkeypatch.setattr(body_limit, "MAX_BODIES", 2 * MAX_BODY - SMALL_BODY)
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": bytes(MAX_BODY)}
+
+    async def small() -> dict[str, Any]:
+        return {"type": "http.request", "body": bytes(SMALL_BODY)}
 
     async def gone() -> dict[str, Any]:
         return {"type": "http.disconnect"}
@@ -117,6 +120,8 @@ def test_bodies_together_have_a_limit_and_the_largest_one_is_read(monkeypatch: p
                     assert len((await body.receive())["body"]) == MAX_BODY
                 with pytest.raises(BodiesFull):
                     await three.receive()
+                with Body(small) as usual:  # most requests are small, and come through
+                    assert len((await usual.receive())["body"]) == SMALL_BODY
                 with Body(gone) as left:  # meanwhile, a client that is being answered may leave
                     assert (await left.receive())["type"] == "http.disconnect"
             assert Body.held == 0

@@ -47,8 +47,15 @@ class Swaps(threading.Thread):
         self.stop = threading.Event()
         self.times: list[float] = []
         self.memory = [used_bytes(group)]
+        self.failed: Exception | None = None
 
     def run(self) -> None:
+        try:
+            self._swap()
+        except Exception as error:  # the soak's, which goes on without swaps and is no success
+            self.failed = error
+
+    def _swap(self) -> None:
         while not self.stop.wait(self._every):
             self.memory.append(used_bytes(self._group))
             if len(self.times) % 3 == 2:
@@ -97,7 +104,10 @@ def run(arguments: argparse.Namespace, vllm_args: list[str], folder: Path) -> in
         time.sleep(min(arguments.swap_every, 5))
         memory = [*swaps.memory, used_bytes(server.process.pid)]
         told = [line for line in log.read_text(errors="replace").splitlines() if "NEZHA: catalogue {" in line]
-    return _report(Tally.of([warm_up, tally]), swaps.times, told, memory)
+    status = _report(Tally.of([warm_up, tally]), swaps.times, told, memory)
+    if swaps.failed is not None:
+        print(f"the publisher ended early: {swaps.failed!r}")
+    return 1 if swaps.failed else status
 
 
 def _as_it_answers(arguments: argparse.Namespace, url: str, store: Store, folders: Sequence[Path]) -> Questions:
@@ -105,7 +115,10 @@ def _as_it_answers(arguments: argparse.Namespace, url: str, store: Store, folder
     parts = []
     for folder in [*folders[1:], folders[0]]:
         version = store.publish(folder, force=True)[0].version
+        deadline = time.monotonic() + 300
         while not metrics_of(url, timeout=30).total("nezha_catalogue_info", version=version):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not take up {version} in 300 s; its log says why (--keep-log)")
             time.sleep(0.2)
         time.sleep(2 * arguments.poll)  # all API processes
         parts.append(questions(arguments, url=url))

@@ -79,8 +79,9 @@ class Curve:
 
     @property
     def usable(self) -> bool:
-        """Whether there are loads enough to fit the times of a server to, which has one engine."""
-        return len(self.open) >= 2 and len(self.closed) >= 2 and self._flag("data-parallel-size", 1) == 1
+        """Whether there are loads enough to fit the times of a server to, which has one engine on one GPU."""
+        gpus = self._flag("data-parallel-size", 1) * self._flag("tensor-parallel-size", 1)
+        return len(self.open) >= 2 and len(self.closed) >= 2 and gpus == 1
 
     @property
     def max_requests(self) -> int:
