@@ -165,7 +165,9 @@ def test_a_client_that_disconnects_frees_its_requests(client: openai.OpenAI, mod
         return metric(server, "nezha_requests_total", 'outcome="disconnected"')
 
     before, asked, left_before = answered(), 200, left()
-    body = {"model": model, "prompt": ["<item:item-1>" * 300] * asked, "n": 1, "vllm_xargs": {"beam_width": 512}}
+    # histories that no cache has, so that the engine does not answer all before the server sees that the client is gone
+    prompts = [f"<item:item-{1000 + number}>" * 300 for number in range(asked)]
+    body = {"model": model, "prompt": prompts, "n": 1, "vllm_xargs": {"beam_width": 512}}
     connection = http.client.HTTPConnection(server.removeprefix("http://"))
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     until(lambda: open_requests() > 0 or answered() > before)
