@@ -68,7 +68,13 @@ class Live:
         deadline, same = time.monotonic() + seconds, 0
         while same < 12:
             assert time.monotonic() < deadline, f"{version} is not served, the log ends with {self.swaps()[-2:]}"
-            answer = self.post({"prompt": "<item:item-1>"})
+            try:
+                answer = self.post({"prompt": "<item:item-1>"})
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # a long list is being answered
+                    raise
+                time.sleep(0.2)
+                continue
             same = same + 1 if answer["choices"][0]["catalogue_version"] == version else 0
 
     def swaps(self) -> list[dict[str, Any]]:
