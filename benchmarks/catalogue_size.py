@@ -9,8 +9,6 @@ as in use; its memory is the most that was resident, pages of mapped files inclu
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -18,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.apart import apart
 
 SIZES = (1024, 1024, 1024)
 
@@ -75,16 +75,6 @@ def diff(folder: Path) -> None:
     difference(store.load(names[1]), store.load(names[0]))
 
 
-def timed(step: Callable[..., None], arguments: tuple[Any, ...], results: Any) -> None:
-    import pyarrow.compute  # noqa: F401 - not part of any step
-
-    import nezha_vllm.store  # noqa: F401
-
-    start = time.perf_counter()
-    step(*arguments)
-    results.put((time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
-
-
 def look_ups(folder: Path, batch: int = 50, times: int = 2000) -> float:
     """Microseconds an item ID → row, asked 50 at a time, as for a history."""
     from nezha_vllm.catalogue import Catalogue
@@ -106,8 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True)
-    context = multiprocessing.get_context("spawn")
-    steps = [
+    steps: list[tuple[str, Callable[..., None], tuple[Any, ...]]] = [
         ("make the table", make_table, (folder, arguments.items)),
         ("build", build, (folder, "old")),
         ("publish the first", publish, (folder, "old")),
@@ -119,13 +108,7 @@ def main() -> None:
     ]
     try:
         for name, step, values in steps:
-            results = context.Queue()
-            process = context.Process(target=timed, args=(step, values, results))
-            process.start()
-            process.join()
-            if process.exitcode:
-                raise SystemExit(f"{name} failed")
-            seconds, memory = results.get()
+            seconds, memory = apart(step, *values)
             print(f"{name:34} {seconds:7.2f} s {memory / 2**30:6.2f} GiB", flush=True)
         from nezha_vllm.store import Store
 

@@ -8,14 +8,11 @@ Items 0 … with distinct semantic IDs, no titles. The folder stays: `benchmarks
 from __future__ import annotations
 
 import argparse
-import resource
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.apart import apart
 from nezha_vllm.catalogue import Catalogue, load_keys
 from nezha_vllm.hf.random_catalogue import random_catalogue
 from nezha_vllm.store import Store
@@ -31,13 +28,6 @@ def publish(folder: Path, store: Path) -> None:
 
 def load(folder: Path) -> None:
     Catalogue.load(folder).rows([])  # makes the index
-
-
-def timed(step: Callable[..., Any], *arguments: Any) -> tuple[float, int]:
-    """Seconds, and the most that was resident in bytes, pages of mapped files included."""
-    begun = time.perf_counter()
-    step(*arguments)
-    return time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def main() -> None:
@@ -56,8 +46,7 @@ def main() -> None:
     if arguments.store:
         steps.append(("publish", publish, (arguments.folder, arguments.store)))
     for name, step, values in steps:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            seconds, memory = process.submit(timed, step, *values).result()
+        seconds, memory = apart(step, *values)
         print(f"{arguments.items:,} items: {name:30} {seconds:7.2f} s {memory / 2**30:6.2f} GiB", flush=True)
     for path in sorted(arguments.folder.iterdir()):
         print(f"{path.name} {path.stat().st_size / arguments.items:.1f} bytes an item")

@@ -30,7 +30,7 @@ from benchmarks.rows import RESULTS
 from benchmarks.served import Target, ready, starting
 from benchmarks.vllm_bench import VllmBench
 from benchmarks.workload import Cell, Workload, grid, parse_beams
-from nezha_vllm.server import ServerError
+from nezha_vllm.server import Server, ServerError
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no steps {unknown}; the plan has {names}")
     steps = [step for step in plan.steps if not arguments.only or step.name in arguments.only]
     failed = []
+    servers = {step.name: StepServer(step, plan, arguments) for step in steps if isinstance(step, ServerStep)}
     with ExitStack() as stack:
-        started = {step.name: Started(step, plan, arguments) for step in steps if isinstance(step, ServerStep)}
+        for server in servers.values():
+            stack.callback(server.stop)
         if arguments.together:
-            for name, server in started.items():
+            for name, server in servers.items():
                 try:
-                    stack.enter_context(server)
+                    server.start()
                 except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # it is tried again in its turn
                     print(f"{name}: {error}", file=sys.stderr, flush=True)
-            for server in started.values():  # while one starts, others would be slow
+            for server in servers.values():  # while one starts, others would be slow
                 server.wait()
             print("all servers have started", flush=True)
         for step in steps:
@@ -143,11 +145,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if isinstance(step, CommandStep):
                     run_command(step, plan, arguments)
                 else:
-                    with started[step.name] as server:
-                        server.ask()
+                    servers[step.name].start()
+                    servers[step.name].ask()
             except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                 failed.append(step.name)
                 print(f"{step.name}: {error}", file=sys.stderr, flush=True)
+            finally:
+                if step.name in servers:
+                    servers[step.name].stop()
             print(f"{step.name}: {time.monotonic() - start:.0f} s", flush=True)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
@@ -176,40 +181,41 @@ def checkpoint(name: str, plan: Plan, folder: Path) -> Path:
     return out
 
 
-class Started:
-    """The server of a step, from the first ``with`` to the end of the first that ends."""
+class StepServer:
+    """The server of a step, and what is asked of it."""
 
     def __init__(self, step: ServerStep, plan: Plan, arguments: argparse.Namespace) -> None:
         self.step, self.plan, self.arguments = step, plan, arguments
-        self._stack: ExitStack | None = None
+        self.server: Server | None = None
+        self._running = ExitStack()
 
-    def __enter__(self) -> Started:
-        if self._stack is None:
-            step, arguments, stack = self.step, self.arguments, ExitStack()
-            model = checkpoint(step.model, self.plan, arguments.folder)
-            argv = ["--model", str(model), "--label", step.label or step.model, "--results", str(arguments.results)]
-            together = self.plan.together if arguments.together else []
-            more = ["--seconds", str(arguments.seconds), "--", *step.vllm, *together]
-            self.asked = parse(make_parser(""), [*argv, *more])
-            self.asked.clients, self.asked.rates, self.asked.processes = step.clients, step.rates, 4
-            self.workload = Workload.of(model)
-            start = starting(step.systems[0], str(model), self.asked.vllm_args, step.gpus, step.cores)
-            self.server = stack.enter_context(start)
-            self._stack = stack
-        return self
+    def start(self) -> None:
+        """Unless it has started; not ready yet. Raises ``RuntimeError`` without a checkpoint."""
+        if self.server is not None:
+            return
+        step, arguments = self.step, self.arguments
+        model = checkpoint(step.model, self.plan, arguments.folder)
+        argv = ["--model", str(model), "--label", step.label or step.model, "--results", str(arguments.results)]
+        together = self.plan.together if arguments.together else []
+        more = ["--seconds", str(arguments.seconds), "--", *step.vllm, *together]
+        self.asked = parse(make_parser(""), [*argv, *more])
+        self.asked.clients, self.asked.rates, self.asked.processes = step.clients, step.rates, 4
+        self.workload = Workload.of(model)
+        start = starting(step.systems[0], str(model), self.asked.vllm_args, step.gpus, step.cores)
+        self.server = self._running.enter_context(start)
 
-    def __exit__(self, *error: object) -> None:
-        if self._stack is not None:
-            self._stack.close()
+    def stop(self) -> None:
+        self._running.close()
 
     def wait(self) -> None:
         """Until it is ready or has failed, which it says in its turn."""
-        if self._stack is not None:
+        if self.server is not None:
             with suppress(ServerError):
                 self.server.wait_until_ready()
 
     def ask(self) -> None:
-        """Everything of the step. Raises ``RuntimeError`` with the server's words."""
+        """Everything of the step, once it is ready. Raises ``RuntimeError`` with the server's words."""
+        assert self.server is not None, "it has started"
         alone, loaded = (Recorder(name, self.asked, self.workload) for name in ("latency", "throughput"))
         needed = 0 if wrk.installed() else self.asked.processes
         try:

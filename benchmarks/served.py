@@ -90,22 +90,17 @@ def each_cell(arguments: argparse.Namespace, workload: Workload, measure: Callab
 
 
 @contextmanager
-def serving(
-    system: str, checkpoint: str, workload: Workload, vllm_args: Sequence[str], gpus: str = "", cores: str = ""
-) -> Iterator[Target]:
-    """Start a system's server and stop it behind the block. Raises ``RuntimeError`` with the end of its log.
-
-    ``gpus``, "0,1", and ``cores``, "0-15", are those it may use; all if empty.
-    """
-    with starting(system, checkpoint, vllm_args, gpus, cores) as server:
-        yield ready(server, system, workload, gpus)
+def serving(system: str, checkpoint: str, workload: Workload, vllm_args: Sequence[str]) -> Iterator[Target]:
+    """Start a system's server and stop it behind the block. Raises ``RuntimeError`` with the end of its log."""
+    with starting(system, checkpoint, vllm_args) as server:
+        yield ready(server, system, workload)
 
 
 @contextmanager
 def starting(
     system: str, checkpoint: str, vllm_args: Sequence[str], gpus: str = "", cores: str = ""
 ) -> Iterator[Server]:
-    """The server, not ready yet."""
+    """The server, not ready yet. ``gpus``, "0,1", and ``cores``, "0-15", are those it may use; all if empty."""
     folder, arguments = Path(checkpoint), ["--served-model-name", MODEL, "--uvicorn-log-level", "warning"]
     if system != "nezha":
         folder = stock_checkpoint(checkpoint, beside(checkpoint))

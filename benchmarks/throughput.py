@@ -102,7 +102,8 @@ def rates(asked: Sequence[str], best: float) -> Iterator[float]:
         if text == "auto":
             yield from (round(share * best, 1) for share in AUTO_RATES if best)
         elif text.endswith("%"):
-            yield from (round(float(text[:-1]) / 100 * best, 1) for _ in [0] if best)
+            if best:
+                yield round(float(text[:-1]) / 100 * best, 1)
         else:
             yield float(text)
 

@@ -46,6 +46,7 @@ from nezha_vllm.folders import check_replaceable, replacing
 from nezha_vllm.item_index import ItemIndex, UnknownItemError
 from nezha_vllm.manifest import MANIFEST, REBUILD, CatalogueError, check_file, write_manifest
 from nezha_vllm.pointer import read_steadily
+from nezha_vllm.runs import starts
 from nezha_vllm.segments import PREFIX, Segments, check_segments, segment_columns
 from nezha_vllm.semantic_id import SemanticIdCodec
 
@@ -113,7 +114,7 @@ class Catalogue:
             order = order[np.argsort(-weight[order], kind="stable")]
         order = order[np.argsort(key[order], kind="stable")].astype(np.int64)
         key = key[order]
-        first = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
+        first = starts(key)
         row = np.empty(count, np.int64)
         row[order] = np.arange(count)
         take = pa.array(order)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.runs import distinct
 from nezha_vllm.segments import Combination
 
 
@@ -63,12 +64,6 @@ def eligibility(
         held = combination.holds(rows_of_positions(catalogue, positions))
         sizes = np.add.reduceat(held, np.cumsum(sizes) - sizes, dtype=np.int64)
     return Eligibility(False, rows, positions[counts == sizes].astype(np.int32), combination)
-
-
-def distinct(numbers: np.ndarray) -> np.ndarray:
-    """Ascending, int64, each once. For 10,000 of them np.unique, which hashes, takes four times as long."""
-    numbers = np.sort(numbers.astype(np.int64))
-    return numbers[np.append(True, numbers[1:] != numbers[:-1])] if len(numbers) else numbers
 
 
 def positions_of(catalogue: Catalogue, rows: np.ndarray) -> np.ndarray:

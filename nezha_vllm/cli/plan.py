@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from nezha_vllm.planning.calibration import Calibration
     from nezha_vllm.planning.fleet import Plan, Wanted
     from nezha_vllm.planning.measurements import Curve
@@ -94,7 +96,7 @@ def _wanted(arguments: argparse.Namespace) -> Wanted:
     )
 
 
-def _print(plan: Plan, console: object) -> None:
+def _print(plan: Plan, console: Console) -> None:
     from rich.table import Table
 
     wanted, cell = plan.wanted, plan.curve.cell
@@ -107,7 +109,7 @@ def _print(plan: Plan, console: object) -> None:
         table = Table("hour", "requests/s", "replicas", "load of each")
         for hour, (rate, replicas) in enumerate(zip(wanted.rates, plan.replicas, strict=True)):
             table.add_row(str(hour), f"{rate:,.0f}", f"{replicas:,}", f"{rate / replicas / plan.per_replica:.0%}")
-        console.print(table)  # type: ignore[attr-defined]
+        console.print(table)
     print(f"GPUs: {plan.gpus:,}, of them {plan.spare:,} spare")
     print(f"GPU-hours a day: {plan.gpu_hours_fixed:,.0f}; {plan.gpu_hours_followed:,.0f} if replicas follow the hours")
     if wanted.gpu_price:
@@ -127,7 +129,7 @@ def _print(plan: Plan, console: object) -> None:
         print(f"* {assumption}")
 
 
-def _check(results: Path, markdown: bool, console: object) -> None:
+def _check(results: Path, markdown: bool, console: Console) -> None:
     from nezha_vllm.planning.calibration import calibrate
     from nezha_vllm.planning.measurements import PlanError, newest, read_curves
 
@@ -171,7 +173,7 @@ def _compared(curve: Curve, fitted: Calibration) -> Iterator[list[str]]:
         yield [*cells, "" if apart is None else ", ".join(map(_off, apart.off))]
 
 
-def _print_table(title: str, rows: Iterable[list[str]], markdown: bool, console: object) -> None:
+def _print_table(title: str, rows: Iterable[list[str]], markdown: bool, console: Console) -> None:
     from rich.table import Table
 
     heads = ("load", "p50", "sim.", "off %", "p99", "sim.", "off %", "left out")
@@ -186,7 +188,7 @@ def _print_table(title: str, rows: Iterable[list[str]], markdown: bool, console:
         column.no_wrap = True
     for cells in rows:
         table.add_row(*cells)
-    console.print(table)  # type: ignore[attr-defined]
+    console.print(table)
 
 
 def _off(off: float, chance: tuple[float, float] | None = None) -> str:

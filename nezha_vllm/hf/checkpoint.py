@@ -123,7 +123,7 @@ def write_checkpoint(
         return _random(name, shapes[name], config, dtype, generator)
 
     config.dtype = dtype
-    threads = max(1, min(MOST_THREADS, len(os.sched_getaffinity(0))))
+    threads = min(MOST_THREADS, os.cpu_count() or 1)
     with replacing(folder, "config.json") as scratch:
         write_safetensors(scratch / "model.safetensors", shapes, dtype, make, track, threads)
         config.save_pretrained(scratch)

@@ -11,7 +11,7 @@ from typing import Any
 
 STEP_TOKENS = 4096  # max_num_batched_tokens where the settings name no other and every prompt fits (config_hook.py)
 OLDER_STEP_TOKENS = {"3fe91bed": 8192}  # by commit: vLLM's own
-STEP_BY_STEP = ("3fe91bed", "0db5411", "20e18dd5")  # commits whose servers did so without a flag
+STEP_BY_STEP = ("3fe91bed", "0db5411", "20e18dd5")  # commits whose servers overlapped no steps unless told to
 FULL_STEP = 64  # requests of the fullest step of which the draft stage was measured
 
 

@@ -141,9 +141,7 @@ class PackedCollator:
         # the place at which the piece of each place starts; unused places at the end are a piece of their own
         starts_NP = torch.full((count, targets), targets)
         starts_NP[row_V, place_V] = first_V
-        labelled_V = (row_V * targets + place_V).sort().values
-        batch = input_ids_NQ, labels_NPL, starts_NP, labelled_V
-        input_ids_NQ, labels_NPL, starts_NP, labelled_V = (self._moved(tensor) for tensor in batch)
+        input_ids_NQ, labels_NPL, starts_NP = map(self._moved, (input_ids_NQ, labels_NPL, starts_NP))
 
         mask_QQ, position_Q, read_PS, place_Q = self._layout
         start_NQ = starts_NP[:, place_Q].masked_fill(place_Q < 0, -1)
@@ -156,7 +154,9 @@ class PackedCollator:
             "read_positions": read_PS.expand(count, *read_PS.shape),
             "labels": labels_NPL,
         }
-        return arguments | ({"labelled": labelled_V} if self.row_multiple == 1 else {})
+        if self.row_multiple == 1:
+            arguments["labelled"] = self._moved((row_V * targets + place_V).sort().values)
+        return arguments
 
     def _moved(self, tensor: Tensor) -> Tensor:
         if torch.device(self.device).type != "cuda":
