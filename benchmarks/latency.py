@@ -83,7 +83,6 @@ def measure_http(
             recorder.add(target.system, cell, **columns, **found, **latencies([second.milliseconds]))
             return
         if bench is None:
-            wrk.closed_loop(target, cell, 1, 1, seed + 3)
             found = wrk.closed_loop(target, cell, 1, seconds, seed)
         else:
             found = bench.closed_loop(target, cell, 1, second.milliseconds, seconds, seed)

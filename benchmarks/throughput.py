@@ -93,7 +93,6 @@ def closed_loop(
 ) -> dict[str, Any]:
     if not wrk.installed():
         return bench.closed_loop(target, cell, clients, alone.milliseconds, seconds, seed)
-    wrk.closed_loop(target, cell, clients, 1, seed + 1)
     return wrk.closed_loop(target, cell, clients, seconds, seed)
 
 

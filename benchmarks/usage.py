@@ -1,4 +1,8 @@
-"""What a load keeps busy: cores and the processes of the server, by /proc, and GPUs, by ``nvidia-smi``."""
+"""What a load keeps busy: cores and the processes of the server, by /proc, and GPUs, by ``nvidia-smi``.
+
+``nvidia-smi`` stops the GPU's host for some 10 ms each time it looks: five looks a second make p99 its own. So GPUs are
+watched while a load warms up, and not while it is measured.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +22,17 @@ SAMPLE_MS = 200
 
 
 @contextmanager
-def watching(group: int | None, gpus: str = "") -> Iterator[dict[str, float]]:
+def watching(group: int | None) -> Iterator[dict[str, float]]:
     """Columns of a row for the time of the block, filled when it ends; none for a server of another machine.
 
     Args:
         group: process group of the server.
-        gpus: indices, as in ``CUDA_VISIBLE_DEVICES``; all of them if empty.
     """
     found: dict[str, float] = {}
     if group is None:
         yield found
         return
-    before, begun, machine, sampler = _cpu_seconds(group), time.perf_counter(), _machine_ticks(), _sample_gpus(gpus)
+    before, begun, machine = _cpu_seconds(group), time.perf_counter(), _machine_ticks()
     try:
         yield found
     finally:
@@ -38,15 +41,29 @@ def watching(group: int | None, gpus: str = "") -> Iterator[dict[str, float]]:
         worked, stolen = (now - then for now, then in zip(_machine_ticks(), machine, strict=True))
         if worked + stolen:
             found["stolen"] = stolen / (worked + stolen)
+    for name in after.keys() & before.keys():
+        for beginning, column in KINDS.items():
+            if name.startswith(beginning):
+                found[column] = max(found.get(column, 0.0), (after[name] - before[name]) / seconds)
+
+
+@contextmanager
+def watching_gpus(gpus: str = "") -> Iterator[dict[str, float]]:
+    """``gpu_busy`` for the time of the block, filled when it ends, if there are GPUs.
+
+    Args:
+        gpus: indices, as in ``CUDA_VISIBLE_DEVICES``; all of them if empty.
+    """
+    found: dict[str, float] = {}
+    sampler = _sample_gpus(gpus)
+    try:
+        yield found
+    finally:
         if sampler is not None:
             sampler.terminate()
             text, _ = sampler.communicate(timeout=10)
             if (busy := busiest_gpu(text)) is not None:
                 found["gpu_busy"] = busy
-    for name in after.keys() & before.keys():
-        for beginning, column in KINDS.items():
-            if name.startswith(beginning):
-                found[column] = max(found.get(column, 0.0), (after[name] - before[name]) / seconds)
 
 
 def busiest_gpu(text: str) -> float | None:

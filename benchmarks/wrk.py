@@ -12,16 +12,18 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import BEHIND
 from benchmarks.served import Target
-from benchmarks.usage import watching
+from benchmarks.usage import watching, watching_gpus
 from benchmarks.workload import Cell
 
 USERS = 512  # of an open loop, at least
+WARM_UP_SECONDS = 2
 PAUSE_SECONDS = 0.25  # of each at least, many times what an answer takes
 SCRIPT = Path(__file__).with_name("wrk.lua")
 INSTALL = "wrk is not installed (Debian, Ubuntu: apt install wrk)"
@@ -33,7 +35,9 @@ def installed() -> bool:
 
 def closed_loop(target: Target, cell: Cell, clients: int, seconds: float, seed: int) -> dict[str, Any]:
     """Columns of a row. Raises ``RuntimeError`` with wrk's words if it measured nothing."""
-    return {"generator": version()} | _load(target, cell, clients, 0, seconds, seed)
+    with nullcontext({}) if target.group is None else watching_gpus(target.gpus) as busy:
+        _load(target, cell, clients, 0, WARM_UP_SECONDS, seed + 1)
+    return {"generator": version()} | busy | _load(target, cell, clients, 0, seconds, seed)
 
 
 def open_loop(target: Target, cell: Cell, rate: float, seconds: float, seed: int) -> dict[str, Any]:
@@ -53,7 +57,7 @@ def _load(target: Target, cell: Cell, clients: int, pause_ms: int, seconds: floa
     argv += ["--timeout", f"{max(10, round(2 * seconds))}s", "-s", str(SCRIPT), f"{target.url}/v1/completions", "--"]
     argv += [_items(target), body[:-1] + ', "prompt": "', '"}', str(target.workload.history_items(cell.prompt_tokens))]
     argv += [str(seed), str(pause_ms)]
-    with watching(target.group, target.gpus) as busy:
+    with watching(target.group) as busy:
         run = subprocess.run(argv, capture_output=True, text=True, timeout=60 + 3 * seconds)
     lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     found = json.loads(lines[-1].removeprefix("RESULT ")) if lines else {"requests": 0}
