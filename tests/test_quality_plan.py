@@ -193,7 +193,7 @@ def test_a_wrong_plan_says_where(change, said, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("quality.toml", 6 + 6 * 3 * (6 * 3 + 1) + 6), ("quality-search.toml", 44 + 117)],
+    [("quality.toml", 6 + 6 * 3 * (6 * 3 + 1) + 6), ("quality-search.toml", 44 + 117), ("quality-curves.toml", 3 + 3)],
 )
 def test_the_repositorys_plans_have_commands_that_exist(name, count, places):
     plan = Plan.load(ROOT / "benchmarks" / "plans" / name)
@@ -203,6 +203,14 @@ def test_the_repositorys_plans_have_commands_that_exist(name, count, places):
     for words in (step.words for job in jobs for step in job.steps):
         parser.parse_args(words)
         assert not any("{data}" in word for word in words)
+
+
+def test_the_smallest_levels_of_the_curve_are_the_main_tables_run(places):
+    plans = [Plan.load(ROOT / "benchmarks" / "plans" / name) for name in ("quality.toml", "quality-curves.toml")]
+    main, curves = ({job.name: job for job in runs(plan, places)} for plan in plans)
+    shared = [name for name in curves if name in main]
+    assert [name.split("/")[0] for name in shared] == ["beauty-file-order"]
+    assert all(curves[name] == main[name] for name in shared)
 
 
 def test_runs_come_in_the_plans_order(places, tmp_path):
