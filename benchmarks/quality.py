@@ -88,9 +88,16 @@ class Runner:
             self._stop(running)
 
     def _next(self, waiting: list[Job], running: Sequence[Running]) -> Job | None:
-        """Takes the first job that need not wait for another; those whose data are not to be had have failed, too."""
+        """Takes the first job that need not wait for another; those whose data are not to be had have failed, too.
+
+        One that is to be alone lets none behind it start.
+        """
+        if any(one.job.alone for one in running):
+            return None
         pending = {job.name for job in waiting} | {one.job.name for one in running}
         for job in [job for job in waiting if job.after not in pending]:
+            if job.alone and running:
+                return None
             waiting.remove(job)
             if job.after not in self.failed:
                 return job

@@ -18,6 +18,7 @@ from typing import Any
 
 PARTS_OF_A_RUN = 5  # data set, model, method, seed, hash
 CURVE = "-beam-"  # in the names of the runs that make a curve
+ALONE = "-alone"  # in the names of the runs that measure latency
 METHODS = ("nezha", "nezha-1", "nezha-2", "nezha-3", "nezha-4", "mtp", "ar")
 SUBSET = ("datasets", "models", "methods", "seeds")
 TABLES = {"datasets": ("prepare", "tokenize", "train"), "models": ("train",)}
@@ -34,11 +35,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Job:
-    """Steps in their order; ``after``: the job that makes what this one reads."""
+    """Steps in their order; ``after``: the job that makes what this one reads; ``alone``: nothing runs beside it."""
 
     name: str
     steps: list[Step]
     after: str = ""
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Plan:
 
     ``order``: what is run first, next and so on, each a table of some ``datasets``, ``models``, ``methods`` and
     ``seeds``, all where it names none; without it everything, seed by seed. ``curve``: beam widths at which NEZHA of
-    the first model and seed is measured too, with either validity.
+    the first model and seed is measured too, with either validity. ``alone``: so many users are asked one at a time,
+    with nothing else on the machine, by every decoding of the first model and seed.
     """
 
     datasets: dict[str, dict[str, list[str]]]
@@ -59,6 +62,7 @@ class Plan:
     baselines: list[str] = field(default_factory=list)
     order: list[dict[str, list]] = field(default_factory=lambda: [{}])
     curve: list[int] = field(default_factory=list)
+    alone: int = 0
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -113,9 +117,9 @@ def preparations(plan: Plan, places: Places) -> list[Job]:
 def runs(plan: Plan, places: Places) -> list[Job]:
     """One job a model: its training and evaluation. NEZHA-4 is an evaluation of NEZHA's checkpoint.
 
-    Baselines are a job behind the model that they are measured with, beam widths come last of all. Models are in the
-    plan's order; of each subset all data sets come with the first seed, then all with the second, so that a plan
-    that is stopped early still compares.
+    Baselines are a job behind the model that they are measured with, beam widths come behind all models, latencies
+    last of all. Models are in the plan's order; of each subset all data sets come with the first seed, then all with
+    the second, so that a plan that is stopped early still compares.
     """
     wanted: dict[tuple, None] = {}
     for subset in plan.order:
@@ -124,23 +128,18 @@ def runs(plan: Plan, places: Places) -> list[Job]:
             if method != "nezha-4" or "nezha" not in plan.methods:
                 wanted[dataset, model, method, seed] = None
     found = [_run(plan, places, *one) for one in wanted]
-    ordered = [job for jobs in found for job in jobs[:2]] + [job for jobs in found for job in jobs[2:]]
-    return [job for job in ordered if job.steps]
+    parts = slice(2), slice(2, 3), slice(3, 4)
+    return [job for part in parts for jobs in found for job in jobs[part] if job.steps]
 
 
 def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed: int) -> list[Job]:
-    """The model's job, what is measured beside it if anything, and in the third place its beam widths.
+    """The model's job, what is measured beside it if anything, in the third place its beam widths, then latencies.
 
-    The latter two wait for the first, whose rows are safe by then; where its checkpoint is gone they train it again.
+    All but the first wait for it, whose rows are safe by then; where a checkpoint is gone they train it again.
     """
-    folder, catalogue = _dataset(plan, places, dataset)
+    folder, _ = _dataset(plan, places, dataset)
     trained = "nezha" if method == "nezha-4" else method
-    options = [*plan.train, *plan.models[model].get("train", []), *plan.datasets[dataset].get("train", [])]
-    options += ["--method", trained, "--seed", str(seed)]
-    spec = [plan.datasets[dataset], options, plan.evaluate]
-    name = f"{dataset}/{model}/{trained}/{seed}/{_digest(spec)}"
-    checkpoint = places.work / "models" / name / "checkpoint"
-    train = Step(["train", str(folder), str(catalogue), *options, "--out", str(checkpoint)], checkpoint / "config.json")
+    name, checkpoint, train = _trained(plan, places, dataset, model, trained, seed)
 
     def evaluate(run: str, *more: str) -> Step:
         ranks = places.work / "ranks" / f"{run.replace('/', '-')}.npz"
@@ -165,11 +164,32 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
             widths.append(evaluate(f"{name}{CURVE}{width}-{validity}", *more))
     baselines = Job(f"{name}: baselines", beside, name)
     last = baselines.name if beside else name  # one after another: without a checkpoint each would train
+    alone = []
+    if method == "nezha" and first and seed == plan.seeds[0] and plan.alone:
+        methods = [one for one in plan.methods if one not in ("nezha", "nezha-4")]
+        others = [_trained(plan, places, dataset, model, one, seed) for one in methods]
+        against = ["--against", *(str(one[1]) for one in others)] if others else []
+        ask = "--alone", str(plan.alone), "--baselines"
+        alone = [train, *(one[2] for one in others), evaluate(f"{name}{ALONE}", *against, *ask)]
+        if "nezha-4" in plan.methods:
+            alone.append(evaluate(f"{name}{ALONE}-final", "--validity", "final", *ask))
     return [
         Job(name, steps, f"{dataset}: data"),
         baselines,
         Job(f"{name}: widths", widths if len(widths) > 1 else [], last),
+        Job(f"{name}: alone", alone, name, alone=True),
     ]
+
+
+def _trained(plan: Plan, places: Places, dataset: str, model: str, method: str, seed: int) -> tuple[str, Path, Step]:
+    """Name of a training run, its checkpoint, and the step that makes it."""
+    folder, catalogue = _dataset(plan, places, dataset)
+    options = [*plan.train, *plan.models[model].get("train", []), *plan.datasets[dataset].get("train", [])]
+    options += ["--method", method, "--seed", str(seed)]
+    name = f"{dataset}/{model}/{method}/{seed}/{_digest([plan.datasets[dataset], options, plan.evaluate])}"
+    checkpoint = places.work / "models" / name / "checkpoint"
+    words = ["train", str(folder), str(catalogue), *options, "--out", str(checkpoint)]
+    return name, checkpoint, Step(words, checkpoint / "config.json")
 
 
 def _dataset(plan: Plan, places: Places, name: str) -> tuple[Path, Path]:

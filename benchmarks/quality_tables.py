@@ -21,7 +21,7 @@ from statistics import fmean
 
 from benchmarks.markdown import table
 from benchmarks.quality_curves import curve_rows, curve_table, draw_curve, search_table
-from benchmarks.quality_plan import CURVE, PARTS_OF_A_RUN
+from benchmarks.quality_plan import ALONE, CURVE, PARTS_OF_A_RUN
 from benchmarks.rows import RESULTS
 from benchmarks.tables import fill
 from nezha_vllm.ablations import FREE_LABEL, LABELS
@@ -81,7 +81,7 @@ def read(path: Path, split: str = "test") -> list[Result]:
     """Results of a split, one a data set, model, method and seed: the newest."""
     with path.open(newline="", encoding="utf-8") as file:
         found = [Result.of(row) for row in csv.DictReader(file) if row["split"] == split]
-    found = [one for one in found if CURVE not in one.run]
+    found = [one for one in found if CURVE not in one.run and ALONE not in one.run]
     newest = {(one.dataset, one.model, one.method, one.seed): one for one in found}
     return list(newest.values())
 

@@ -147,6 +147,7 @@ def test_item_dropout_leaves_the_targets_alone():
 
 def test_a_comparison_shows_both_ways_of_decoding(tmp_path):
     import csv
+    import json
 
     import pyarrow as pa
 
@@ -159,7 +160,8 @@ def test_a_comparison_shows_both_ways_of_decoding(tmp_path):
         "ring", [f"u{u}" for u in range(20)], sequences, pa.table(dict.fromkeys(("item_id", "title", "text"), items))
     )
     model = tiny()
-    found = compare(model, catalogue, dataset, part="test", max_history=5, beam_width=8, baselines=["popularity"])
+    ask = {"part": "test", "max_history": 5, "beam_width": 8}
+    found = compare(model, catalogue, dataset, baselines=["popularity"], alone=3, **ask)
     free, constrained = found.rows[FREE_LABEL], found.rows[LABELS["ar"]]
     assert list(found.rows) == ["popularity", FREE_LABEL, LABELS["ar"]]
     assert free["valid"] < constrained["valid"] == 1
@@ -174,9 +176,13 @@ def test_a_comparison_shows_both_ways_of_decoding(tmp_path):
     assert [lines[name]["validity"] for name in found.rows] == ["", "final", "stepwise"]
     assert lines["popularity"]["valid"] == "" == lines[FREE_LABEL]["hit@500"]
     assert float(lines[FREE_LABEL]["valid"]) == pytest.approx(free["valid"], abs=1e-6)
-    alone = compare(model, catalogue, dataset, part="test", max_history=5, beam_width=8, baselines=[], validity="final")
-    assert list(alone.rows) == [FREE_LABEL]
-    assert alone.rows[FREE_LABEL] == free
+    notes = [json.loads(lines[name]["config"]) for name in found.rows]
+    assert [note["device"] for note in notes] == ["cpu"] * 3
+    assert "latency" not in notes[0]
+    assert all(0 < note["latency"]["p50_ms"] <= note["latency"]["p99_ms"] for note in notes[1:])
+    only = compare(model, catalogue, dataset, baselines=[], validity="final", **ask)
+    assert list(only.rows) == [FREE_LABEL]
+    assert only.rows[FREE_LABEL] == free
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -27,6 +27,7 @@ PLAN = """
 methods = ["nezha", "nezha-4", "ar"]
 seeds = [0, 1]
 curve = [5]
+alone = 3
 baselines = ["popularity"]
 train = ["--epochs", "1", "--max-history", "6"]
 evaluate = ["--beam-width", "20"]
@@ -59,19 +60,21 @@ def test_a_plan_runs_from_raw_files_to_tables(places, tmp_path, capsys):
     named = [job.name.split("/", 2)[2] for job in jobs]
     kinds = [(name.rsplit("/", 1)[0], name.partition(": ")[2]) for name in named]
     beside = [("nezha/0", ""), ("nezha/0", "baselines"), ("ar/0", "")]
-    assert kinds == [*beside, ("nezha/1", ""), ("ar/1", ""), ("nezha/0", "widths")]
+    assert kinds == [*beside, ("nezha/1", ""), ("ar/1", ""), ("nezha/0", "widths"), ("nezha/0", "alone")]
     for job in [*preparations(plan, places), *jobs]:
         left = remaining(job, finished_runs(places.results))
         # what is measured beside a model finds its checkpoint
-        assert left == (job.steps[1:] if ": " in job.name and job.name.partition("/")[1] else job.steps)
+        beside = ": " in job.name and "/" in job.name
+        assert left == ([step for step in job.steps if step.run] if beside else job.steps)
         for step in left:
             assert cli.main(step.words) == 0
             assert is_done(step, finished_runs(places.results))
     torch.set_num_threads(before)
     with places.results.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    # popularity once, beside NEZHA again; NEZHA, NEZHA-4 and the language model's two decodings by seed; two widths
-    assert len(rows) == 2 + 2 * 4 + 2
+    # popularity once, beside NEZHA again; NEZHA, NEZHA-4 and the language model's two decodings by seed; two widths;
+    # once more the four, one user at a time
+    assert len(rows) == 2 + 2 * 4 + 2 + 4
     assert {row["beam_width"] for row in rows} == {"20", "5"}
     notes = [json.loads(row["config"]) for row in rows if row["validity"]]
     assert all(note["train_seconds"] > 0 and [one[0] for one in note["validations"]] == [1] for note in notes)
@@ -156,6 +159,18 @@ def test_failures_are_named_and_stop_no_other_job(places, tmp_path):
     assert (places.work / "logs" / "bad.log").read_text() == "why\n"
 
 
+def test_nothing_runs_beside_a_job_that_is_to_be_alone(places, tmp_path):
+    script = "date +%s.%N > {made}.begin; sleep 0.4; date +%s.%N > {made}"
+    jobs = [job_of(places, f"job {n}", script, tmp_path / f"made{n}") for n in range(4)]
+    jobs[2] = replace(jobs[2], alone=True)
+    assert runner(places, processes=4).run(jobs)
+    ends = [float((tmp_path / f"made{n}").read_text()) for n in range(4)]
+    begins = [float((tmp_path / f"made{n}.begin").read_text()) for n in range(4)]
+    assert begins[1] < ends[0]
+    assert max(ends[:2]) <= begins[2]
+    assert ends[2] <= begins[3]
+
+
 def test_a_job_that_hangs_gives_its_place_away(places, tmp_path):
     hangs = job_of(places, "hangs", "sleep 30", tmp_path / "never")
     good = job_of(places, "good", "touch {made}", tmp_path / "made")
@@ -193,7 +208,11 @@ def test_a_wrong_plan_says_where(change, said, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("quality.toml", 6 + 6 * 3 * (6 * 3 + 1) + 6), ("quality-search.toml", 44 + 117), ("quality-curves.toml", 3 + 3)],
+    [
+        ("quality.toml", 6 + 6 * 3 * (6 * 3 + 1) + 6 + 6),
+        ("quality-search.toml", 44 + 117),
+        ("quality-curves.toml", 3 + 3),
+    ],
 )
 def test_the_repositorys_plans_have_commands_that_exist(name, count, places):
     plan = Plan.load(ROOT / "benchmarks" / "plans" / name)
@@ -260,11 +279,11 @@ def test_threads_are_shared_out_unless_the_environment_says_otherwise(places, tm
 def test_baselines_and_widths_come_after_their_model(places):
     plan = Plan.load(ROOT / "benchmarks" / "plans" / "quality.toml")
     jobs = {job.name: job for job in runs(plan, places)}
-    last = False
+    last = ["", "widths", "alone"]
     for name, job in jobs.items():
         model, _, what = name.partition(": ")
-        last |= what == "widths"
-        assert last == (what == "widths")  # none before all models, none left for later
+        last = last[last.index(what if what != "baselines" else "") :]  # none before all models, none left for later
+        assert job.alone == (what == "alone")
         if what:
             assert job.after == (f"{model}: baselines" if what == "widths" else model)
             assert job.steps[0] == jobs[model].steps[0]

@@ -4,7 +4,7 @@
     nezha evaluate nezha-ml-100k data/ml-100k --split valid --exclude-history
     nezha evaluate nezha-ml-100k data/ml-100k --baselines markov knn sasrec --intervals --results runs.csv
     nezha evaluate my-nezha data/mine --url http://127.0.0.1:8000 --clients 8
-    nezha evaluate my-nezha data/mine --against my-ar my-mtp my-nezha-1 --beam-width 512 --intervals
+    nezha evaluate my-nezha data/mine --against my-ar my-mtp my-nezha-1 --beam-width 512 --intervals --alone 200
 
 Leave-one-out, full ranking: every method ranks all items of the catalogue, and one held-out item a user counts.
 Items of the history stay in every ranking, or with --exclude-history in none. The baselines learn from what the model
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--url", metavar="URL", help="of a server of this checkpoint, asked the same as one more row")
     parser.add_argument("--clients", type=int, default=1, metavar="N", help="requests at a time, --url (%(default)s)")
+    parser.add_argument("--alone", type=int, default=0, metavar="N", help="then ask N users one at a time, for latency")
     parser.add_argument("--intervals", action="store_true", help="show the differences with 95 %% intervals")
     parser.add_argument("--seed", type=int, default=0, help="of SASRec and the bootstrap (default %(default)s)")
     parser.add_argument("--results", metavar="FILE", help="add one line a method to this CSV")
@@ -85,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         options=ours.options,
         others=[load_trained(Path(other)) for other in arguments.against],
         server=Server(arguments.url, arguments.clients) if arguments.url else None,
+        alone=arguments.alone,
         baselines=arguments.baselines,
         seed=arguments.seed,
         track=lambda steps: track(steps, "ranking", console=progress, total=len(steps)),
@@ -94,6 +96,10 @@ def run(arguments: argparse.Namespace) -> int:
     for row, found in comparison.latency.items():
         text = f"{row}: p50 {found['p50_ms']:.1f} ms, p99 {found['p99_ms']:.1f} ms, {found['clients']} at a time"
         Console().print(text, highlight=False)
+    over_http = f"{comparison.model} over HTTP"
+    if over_http in comparison.ranks:
+        apart = int((comparison.ranks[over_http] != comparison.ranks[comparison.model]).sum())
+        Console().print(f"ranks over HTTP: {apart:,} of {comparison.targets:,} differ", highlight=False)
     if arguments.intervals:
         Console().print(differences(comparison))
     path = Path(arguments.json) if arguments.json else folder.absolute().with_name(f"{folder.name}-evaluation.json")

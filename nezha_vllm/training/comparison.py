@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from nezha_vllm.ablations import FREE_LABEL, LABELS
 from nezha_vllm.config import AUTOREGRESSIVE
 from nezha_vllm.training.baselines import Baseline, ItemKnn, Markov, Popularity
-from nezha_vllm.training.evaluation import Track, Trained, ranked
-from nezha_vllm.training.metrics import CUTOFFS, DEEP_CUTOFF, gains, hit, hits, ranks_of, summary
+from nezha_vllm.training.evaluation import Track, Trained, device_name, ranked
+from nezha_vllm.training.metrics import CUTOFFS, DEEP_CUTOFF, gains, hit, hits, percentiles, ranks_of, summary
 from nezha_vllm.training.sasrec import SasRec, SasRecOptions
 from nezha_vllm.training.served import Server, served_items
 from nezha_vllm.training.significance import paired_bootstrap
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nezha_vllm.data.dataset import Dataset, Split
     from nezha_vllm.training.evaluation import NezhaModel
 
+WARM_UP = 5  # requests before those that are timed: kernels compile
 # as the command line names them → as tables do
 BASELINES = {
     "popularity": "popularity",
@@ -44,7 +45,8 @@ class Comparison:
 
     ``against``: baseline → metric → the model's figure minus the baseline's, as in ``significance.Difference``.
     ``seconds``: method → its training, if any is done here, and ranking. ``options``: method → its training options.
-    ``latency``: of a row asked over HTTP, in milliseconds. ``ranks``: method → rank of each user's item, from 0.
+    ``latency``: of requests over HTTP, or answered one at a time, in milliseconds, with the ``clients`` at a time.
+    ``ranks``: method → rank of each user's item, from 0. ``device``: what the model ran on.
     """
 
     dataset: str
@@ -65,6 +67,7 @@ class Comparison:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     latency: dict[str, dict[str, float]] = field(default_factory=dict)
     ranks: dict[str, np.ndarray] = field(default_factory=dict)
+    device: str = ""
 
     @property
     def convention(self) -> str:
@@ -92,6 +95,7 @@ def compare(
     baselines: Sequence[str] = ("popularity", "markov"),
     others: Sequence[Trained] = (),
     server: Server | None = None,
+    alone: int = 0,
     seed: int = 0,
     track: Track = iter,
     write: Callable[[str], None] = lambda line: None,
@@ -104,6 +108,7 @@ def compare(
         others: further checkpoints, asked with the same beam width, each with its own history and validity. A language
             model has two rows, decoded freely and within the catalogue's prefixes.
         server: serves the model, and is asked the same as one more row.
+        alone: so many users are then asked one at a time, and timed, by each decoding.
         seed: of SASRec and of the bootstrap.
         write: gets a line an epoch of SASRec.
 
@@ -125,7 +130,7 @@ def compare(
     mode = validity or model.config.validity
     decodings = _decodings(model.config.method, validity, mode)
     name_of_model = decodings[-1][0]
-    ranks, seconds, trained, modes, shares = {}, {}, {}, {}, {}
+    ranks, seconds, trained, modes, shares, latency = {}, {}, {}, {}, {}, {}
 
     def measure(name: str, rank: Callable[[], list[list[str]]]) -> None:
         start = time.perf_counter()
@@ -144,6 +149,10 @@ def compare(
 
         trained[name], modes[name] = dict(asked.options), mode
         measure(name, rank)
+        if alone:
+            first = [*histories[:WARM_UP], *histories[:alone]]
+            found = ranked(asked.model, asked.catalogue, first, **(ask | {"track": iter, "batch_size": 1}))
+            latency[name] = percentiles(found.milliseconds[WARM_UP:]) | {"clients": 1}
 
     def baseline(name: str) -> list[list[str]]:
         if name == "sasrec":
@@ -164,14 +173,13 @@ def compare(
         for label, other_mode in _decodings(other.model.config.method, None, other.model.config.validity):
             taken = label in ranks or label in dict(decodings)
             measure_beams(f"{label}: {other.name}" if taken else label, other, other_mode)
-    latency = {}
     if server is not None:
         over_http = f"{name_of_model} over HTTP"
         ask_server = {"max_history": max_history, "validity": mode, "catalogue_version": catalogue.version, **common}
 
         def ask_all() -> list[list[str]]:
             found = served_items(server, histories, **ask_server)
-            latency[over_http] = found.latency() | {"clients": server.clients}
+            latency[over_http] = percentiles(found.milliseconds) | {"clients": server.clients}
             return found.items
 
         trained[over_http], modes[over_http] = dict(options or {}), mode
@@ -204,6 +212,7 @@ def compare(
         trained,
         latency,
         ranks,
+        device_name(model.device),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -40,11 +41,15 @@ class Trained:
 
 @dataclass(frozen=True)
 class Ranked:
-    """The best items of each history; how many beams were finished in all, and how many of them were items."""
+    """The best items of each history; how many beams were finished in all, and how many of them were items.
+
+    ``milliseconds``: of each batch, from item IDs to item IDs.
+    """
 
     items: list[list[str]]
     drafted: int
     valid: int
+    milliseconds: list[float]
 
     @property
     def valid_share(self) -> float:
@@ -71,15 +76,23 @@ def ranked(
     model.eval()
     batch_size = batch_size or (512 if model.device.type == "cuda" else 64)
     found: list[list[str]] = []
+    milliseconds: list[float] = []
     drafted = valid = 0
     find = searcher(model, catalogue, beam_width, validity)
     for start in track(range(0, len(histories), batch_size)):
+        began = time.perf_counter()
         batch = [items[-max_history:] for items in histories[start : start + batch_size]]
         beams = find(*pad_left(history_prompts(model.config, catalogue, batch, prefix), model.device))
         found += item_ids(beams, n, catalogue, model.config.shared_ids)
+        milliseconds.append(1000 * (time.perf_counter() - began))  # items have come from the GPU, so it has finished
         drafted += int(beams.drafted_N.sum())
         valid += int(beams.valid_N.sum())
-    return Ranked(found, drafted, valid)
+    return Ranked(found, drafted, valid, milliseconds)
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's name, or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 class HeldOut:

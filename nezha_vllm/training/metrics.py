@@ -40,3 +40,8 @@ def ranks_of(targets: Sequence[str], lists: Sequence[Sequence[str]]) -> np.ndarr
     """Rank of each target in its list, from 0; ``UNRANKED`` where it is absent."""
     found = [items.index(target) if target in items else UNRANKED for target, items in zip(targets, lists, strict=True)]
     return np.asarray(found, np.int64)
+
+
+def percentiles(milliseconds: Sequence[float]) -> dict[str, float]:
+    """``p50_ms`` and ``p99_ms``."""
+    return {f"p{part}_ms": round(float(np.percentile(milliseconds, part)), 3) for part in (50, 99)}

@@ -28,6 +28,7 @@ METRICS = ("hit@5", "hit@10", "ndcg@5", "ndcg@10", "hit@500", "valid")
 class Run:
     """What is known of a run beside its figures. ``seconds`` is the time of ``method`` in the evaluation.
 
+    ``config``: its training options, the device, a GPU's index if one was chosen, its latency if that was measured.
     ``run`` is a name of the user's, such as a plan's. ``validity`` is empty where there are no beams, and figures are
     where a method has none.
     """
@@ -73,7 +74,7 @@ def append(path: str | os.PathLike[str], comparison: Comparison, dataset: Datase
             f"{dataset.provenance.get('ties', '')} {dataset.provenance.get('seed', '')}".strip(),
             comparison.split,
             method,
-            json.dumps(settings, sort_keys=True),
+            json.dumps(settings | _circumstances(comparison, method), sort_keys=True),
             int(settings.get("seed", 0)),
             comparison.catalogue_version,
             comparison.beam_width,
@@ -113,6 +114,16 @@ def load_ranks(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Method → ranks, as in ``Comparison``."""
     with np.load(path) as stored:
         return {name: np.where(stored[name] < 0, UNRANKED, stored[name].astype(np.int64)) for name in stored.files}
+
+
+def _circumstances(comparison: Comparison, method: str) -> dict[str, Any]:
+    """The device, which GPU of the machine where one was chosen, and the method's latency if it was measured."""
+    found = {
+        "device": comparison.device,
+        "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+        "latency": comparison.latency.get(method),
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def _cell(figure: float | None) -> str:

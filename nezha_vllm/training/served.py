@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-
 from nezha_vllm import client
 from nezha_vllm.training.evaluation import Track
 
@@ -26,10 +24,6 @@ class Served:
 
     items: list[list[str]]
     milliseconds: list[float]
-
-    def latency(self) -> dict[str, float]:
-        """``p50_ms`` and ``p99_ms``."""
-        return {f"p{part}_ms": round(float(np.percentile(self.milliseconds, part)), 3) for part in (50, 99)}
 
 
 def served_items(
