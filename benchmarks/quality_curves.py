@@ -1,90 +1,153 @@
-"""What the plans measure beside the main tables: quality over beam width, and the search on validation items.
+"""Quality over beam width, over level sizes and over training time, latency beside quality, and the search.
 
 Written and drawn by ``benchmarks.quality_tables``.
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
-from typing import Any
-
-import numpy as np
 
 from benchmarks.markdown import table
-from benchmarks.quality_plan import CURVE, PARTS_OF_A_RUN
+from benchmarks.quality_minutes import TRAINING
+from benchmarks.quality_plan import CURVE, Plan
+from benchmarks.quality_rows import OURS, UNVERIFIED, Result, mean
+from nezha_vllm.ablations import LABELS
+from nezha_vllm.cli.tokenize import codebook_sizes
 
 MODES = ("stepwise", "final")
 SEARCHED = ("hit@5", "hit@10", "ndcg@5", "ndcg@10")
+TRAINED = (OURS, LABELS["ar"], LABELS["mtp"], *(LABELS[f"nezha-{n}"] for n in (1, 2, 3)))
+QUARTERS = (0.25, 0.5, 0.75, 1.0)
+Minutes = Mapping[tuple[str, str], float]
 
 
-def curve_rows(path: Path) -> list[dict[str, str]]:
-    """Test rows of the beam widths, narrow first; of each the newest."""
-    with path.open(newline="", encoding="utf-8") as file:
-        found = {row["run"]: row for row in csv.DictReader(file) if CURVE in row["run"] and row["split"] == "test"}
-    return sorted(found.values(), key=lambda row: (row["dataset"], int(row["beam_width"])))
+def width_rows(results: Sequence[Result]) -> list[Result]:
+    """Test rows of the beam widths, narrow first, with the width of the main table; of each data set's newest run."""
+    curve = [one for one in results if CURVE in one.run and one.row["split"] == "test"]
+    newest = {one.dataset: one.run.partition(CURVE)[0] for one in curve}
+    found = {}
+    for one in results:
+        base = newest.get(one.dataset)
+        of_base = base and (one.run.startswith(f"{base}{CURVE}") or one.run in (base, f"{base}-final"))
+        if of_base and one.method in (OURS, UNVERIFIED):
+            found[one.dataset, int(one.row["beam_width"]), one.row["validity"]] = one
+    return [found[key] for key in sorted(found)]
 
 
-def curve_table(rows: Sequence[Mapping[str, str]]) -> str:
+def width_table(rows: Sequence[Result]) -> str:
     """A line a data set and width: what is found, and the share of valid beams, with either validity."""
     lines = []
-    for dataset, width in dict.fromkeys((row["dataset"], row["beam_width"]) for row in rows):
-        cells = {row["validity"]: row for row in rows if (row["dataset"], row["beam_width"]) == (dataset, width)}
+    for dataset, width in dict.fromkeys((one.dataset, int(one.row["beam_width"])) for one in rows):
+        cells = {
+            one.row["validity"]: one for one in rows if (one.dataset, int(one.row["beam_width"])) == (dataset, width)
+        }
         figures = [
-            f"{float(cells[mode][name]):.4f}" if mode in cells and cells[mode][name] else "–"
+            mean([cells[mode].number(name)] if mode in cells else [])
             for name in ("hit@10", "ndcg@10", "valid")
             for mode in MODES
         ]
-        lines.append([dataset, width, *figures])
+        lines.append([dataset, f"{width:,}", *figures])
     heads = [f"{name}, {mode}" for name in ("Hit@10", "NDCG@10", "valid beams") for mode in MODES]
-    return table(["data set", "beam width", *heads], lines, left=1)
+    return table(["data set", "beam width", *heads], lines, left=1) if lines else ""
 
 
-def search_table(results: Sequence[Any]) -> str:
+def level_rows(results: Sequence[Result], plan: Plan) -> dict[str, dict[str, list[Result]]]:
+    """Level sizes, as ``3 × 256``, → method → rows of the plan's data sets that say how many codes they have."""
+    found: dict[str, dict[str, list[Result]]] = {}
+    for dataset, spec in plan.datasets.items():
+        words = spec.get("tokenize", [])
+        rows = [one for one in results if one.dataset == dataset]
+        if "--codes" in words and rows:
+            sizes = codebook_sizes(words[words.index("--codes") + 1], None)
+            name = f"{len(sizes)} × {sizes[0]}" if len(set(sizes)) == 1 else " × ".join(map(str, sizes))
+            found[name] = {method: [one for one in rows if one.method == method] for method in (OURS, UNVERIFIED)}
+    return found
+
+
+def level_table(rows: Mapping[str, Mapping[str, Sequence[Result]]]) -> str:
+    lines = []
+    for name, by in rows.items():
+        ours, free = by[OURS], by[UNVERIFIED]
+        figures = [mean([one.number(metric) for one in ours]) for metric in (*SEARCHED, "hit@500")]
+        figures += [mean([one.number(metric) for one in free]) for metric in ("hit@10", "valid")]
+        parameters = f"{ours[0].config['parameters']:,}" if ours else "–"
+        lines.append([name, str(len(ours)), parameters, *figures])
+    heads = ["levels × codes", "seeds", "parameters", "Hit@5", "Hit@10", "NDCG@5", "NDCG@10", "Hit@500"]
+    return table([*heads, "Hit@10, final", "valid beams, final"], lines, left=1) if lines else ""
+
+
+def time_lines(results: Sequence[Result], minutes: Minutes) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
+    """Data set → method of its first model → minutes of training and NDCG@10 at each validation, means of the seeds.
+
+    Minutes are those of a whole GPU, or on a CPU of the clock, spread evenly over the epochs.
+    """
+    found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for dataset in dict.fromkeys(one.dataset for one in results):
+        here = [one for one in results if one.dataset == dataset and one.config.get("validations")]
+        here = [one for one in here if one.model == here[0].model]
+        for method in TRAINED:
+            runs = [one for one in here if one.method == method]
+            epochs = {tuple(epoch for epoch, _, _ in one.config["validations"]) for one in runs}
+            spent = [minutes.get((one.run, TRAINING), one.config["train_seconds"] / 60) for one in runs]
+            if len(epochs) != 1:
+                continue
+            [at] = epochs
+            scores = [[score for _, _, score in one.config["validations"]] for one in runs]
+            curve = [fmean(found) for found in zip(*scores, strict=True)]
+            found.setdefault(dataset, {})[method] = [fmean(spent) * epoch / at[-1] for epoch in at], curve
+    return found
+
+
+def time_table(lines: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> str:
+    """NDCG@10 on validation items after each quarter of the training."""
+    rows = []
+    for dataset, by in lines.items():
+        for method, (minutes, scores) in by.items():
+            near = [min(range(len(minutes)), key=lambda at: abs(minutes[at] - part * minutes[-1])) for part in QUARTERS]
+            best = max(range(len(scores)), key=scores.__getitem__)
+            figures = [f"{scores[at]:.4f}" for at in near]
+            rows.append(
+                [dataset, method, f"{minutes[-1]:.2f}", *figures, f"{scores[best]:.4f} after {minutes[best]:.2f}"]
+            )
+    heads = ["data set", "", "minutes", *(f"{part:.0%}" for part in QUARTERS), "best, after minutes"]
+    return table(heads, rows, left=2) if rows else ""
+
+
+def latency_table(results: Sequence[Result]) -> str:
+    """Rows whose single requests were timed, of each data set the newest: quality and latency of the same run."""
+    timed = {(*one.group, one.config["latency"]["clients"]): one for one in results if "latency" in one.config}
+    lines = []
+    for (dataset, _, method, clients), one in sorted(timed.items(), key=lambda item: (item[0][0], item[0][1])):
+        latency = one.config["latency"]
+        each = 1000 * float(one.row["seconds"]) / int(one.row["targets"])
+        figures = [mean([one.number(name)]) for name in ("hit@10", "ndcg@10")]
+        times = [f"{latency['p50_ms']:.2f}", f"{latency['p99_ms']:.2f}", f"{each:.2f}"]
+        lines.append(
+            [dataset, method, one.row["beam_width"], *figures, str(clients), *times, one.config.get("device", "")]
+        )
+    heads = ["data set", "", "beam width", "Hit@10", "NDCG@10", "at a time", "p50 ms", "p99 ms", "batches, ms a user"]
+    return table([*heads, "on"], lines, left=2) if lines else ""
+
+
+def search_table(results: Sequence[Result]) -> str:
     """One line a data set (with its tokenizer), change of options and method, best NDCG@10 first; means over seeds."""
     groups: dict[tuple, list] = {}
     for one in results:
         if one.model:  # no baselines
-            groups.setdefault((one.dataset, one.model, one.method), []).append(one)
+            groups.setdefault(one.group, []).append(one)
     lines = [
         [*key, str(len(group)), *(f"{fmean(one.number(name) for one in group):.4f}" for name in SEARCHED)]
         for key, group in groups.items()
     ]
     lines.sort(key=lambda line: (-float(line[-1]), line))
-    return table(["data set", "options", "", "seeds", "Hit@5", "Hit@10", "NDCG@5", "NDCG@10"], lines, left=3)
+    heads = ["data set", "options", "", "seeds", "Hit@5", "Hit@10", "NDCG@5", "NDCG@10"]
+    return table(heads, lines, left=3) if lines else ""
 
 
-def draw_curve(rows: Sequence[Mapping[str, str]]) -> Any:
-    """Hit@10 and the share of valid beams over beam width, lines of either validity; a column a data set."""
-    from benchmarks.plots import BLUE, GREY, ORANGE, legend, plt
-
-    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
-    size = 2.4 + 4.2 * len(datasets), 5.4
-    figure, axes = plt.subplots(2, len(datasets), figsize=size, sharex=True, sharey="row", squeeze=False)
-    looks = {"stepwise": (BLUE, "o", "-"), "final": (ORANGE, "^", "--")}
-    for column, dataset in enumerate(datasets):
-        for mode in MODES:
-            found = [row for row in rows if (row["dataset"], row["validity"]) == (dataset, mode)]
-            widths = [int(row["beam_width"]) for row in found]
-            colour, marker, line = looks[mode]
-            for axis, name in zip(axes[:, column], ("hit@10", "valid"), strict=True):
-                label = f"{mode} validity"
-                values = np.array([float(row[name]) for row in found])
-                axis.plot(widths, values, color=colour, marker=marker, linestyle=line, label=label)
-        axes[0][column].set_title(dataset)
-        ticks = sorted({int(row["beam_width"]) for row in rows})
-        axes[1][column].set(xscale="log", xlabel="beam width K")
-        axes[1][column].set_xticks(ticks, [f"{width:,}" for width in ticks])
-        axes[1][column].minorticks_off()
-    for row, name in zip(axes, ("Hit@10", "share of valid beams"), strict=True):
-        top = max(line.get_ydata().max() for axis in row for line in axis.get_lines())
-        row[0].set(ylabel=name, ylim=(0, 1.08 * top))
-    legend(figure, [axes[0][0]])
-    first, commits = rows[0], ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    figure.set_layout_engine("constrained")
-    model = first["run"].split("/")[1] if len(first["run"].split("/")) == PARTS_OF_A_RUN else ""
-    figure.suptitle(f"{first['method']}, {model}: beam width", x=0.01, ha="left", fontsize=12, fontweight="bold")
-    figure.supxlabel(f"seed {first['seed']}, commit {commits}", x=0.01, ha="left", fontsize=8, color=GREY)
-    return figure
+def origin(rows: Sequence[Result]) -> str:
+    """Seeds and commits of some rows."""
+    seeds, commits = (
+        list(dict.fromkeys(row)) for row in ([one.seed for one in rows], [one.row["commit"] for one in rows])
+    )
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, commit {', '.join(commits)}"

@@ -16,7 +16,7 @@ from statistics import fmean
 
 from benchmarks.markdown import table
 from benchmarks.quality_plan import Places, Plan, runs
-from benchmarks.quality_tables import Result, read
+from benchmarks.quality_rows import Result, read
 from benchmarks.rows import RESULTS
 
 BASE = "base"

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
-from benchmarks import quality_gains, quality_tables
+from benchmarks import quality_gains, quality_gaps, quality_rows, quality_tables
 from benchmarks.machine import ROOT
 from benchmarks.quality import Runner, load
 from benchmarks.quality_plan import Job, Places, Plan, Step, finished_runs, is_done, preparations, remaining, runs
@@ -78,8 +78,13 @@ def test_a_plan_runs_from_raw_files_to_tables(places, tmp_path, capsys):
     assert {row["beam_width"] for row in rows} == {"20", "5"}
     notes = [json.loads(row["config"]) for row in rows if row["validity"]]
     assert all(note["train_seconds"] > 0 and [one[0] for one in note["validations"]] == [1] for note in notes)
-    results = quality_tables.read(places.results)
-    text = quality_tables.make(results, places.work / "ranks")
+    results = quality_rows.read(places.results)
+    kept = quality_gaps.kept_at(places.results)
+    gaps = quality_gaps.gaps(results, places.work / "ranks", kept)
+    text = quality_tables.make(results, gaps)
+    # without ranks the same comes from what was kept, unless runs are others
+    assert quality_tables.make(results, quality_gaps.gaps(results, None, kept)) == text
+    assert not quality_gaps.gaps([one for one in results if one.seed], None, kept)
     lines = text.splitlines()
     assert any(line.startswith("| NEZHA-4, no verification | tiny, 1 epochs | 2 |") for line in lines)
     ours = [one for one in results if one.method == "NEZHA"]
@@ -88,15 +93,19 @@ def test_a_plan_runs_from_raw_files_to_tables(places, tmp_path, capsys):
     gap = next(line for line in lines if line.startswith("| popularity | tiny, 1 epochs | 2 |"))
     theirs = next(one for one in results if one.method == "popularity").number("hit@10")
     assert f"{mean - theirs:+.4f} (" in gap
-    marks = ("quality", "quality-widths", "quality-search")
+    marks = ("quality", "quality-sacrifice", "quality-widths", "quality-levels", "quality-time", "quality-latency")
     page = "".join(f"<!-- benchmarks:{mark} begin -->\nold\n<!-- benchmarks:{mark} end -->\n" for mark in marks)
     (tmp_path / "page.md").write_text(page)
     capsys.readouterr()
-    quality_tables.main(["--results", str(places.results), "--document", str(tmp_path / "page.md")])
-    assert "### ring" in (tmp_path / "page.md").read_text()
-    assert "old" not in (tmp_path / "page.md").read_text()
-    assert "| ring | 5 | " in (tmp_path / "page.md").read_text()
-    assert (tmp_path / "images" / "quality-widths.svg").is_file()
+    where = ["--document", str(tmp_path / "page.md"), "--levels", str(tmp_path / "plan.toml")]
+    quality_tables.main(["--results", str(places.results), "--plans", str(tmp_path / "plan.toml"), *where])
+    page = (tmp_path / "page.md").read_text()
+    assert "old" not in page
+    for begin in ("### ring", "| ring | 5 | ", "| ring | 20 | ", "| 3 × 6 | 2 | ", "| ring | NEZHA | 20 | "):
+        assert begin in page
+    assert page.count("| 2 | beam search | ") == page.count("| ring | NEZHA-4, no verification | 20 | ") == 1
+    for picture in ("widths", "levels", "time"):
+        assert (tmp_path / "images" / f"quality-{picture}.svg").is_file()
     # measured is measured, also where nothing but the results was kept
     shutil.rmtree(places.work / "models")
     assert not any(remaining(job, finished_runs(places.results)) for job in jobs)

@@ -1,0 +1,104 @@
+"""The quality rows as tables group them, and which of them belong to a plan."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.quality_plan import ALONE, CURVE, PARTS_OF_A_RUN, Places, Plan, runs
+from nezha_vllm.ablations import LABELS
+
+UNVERIFIED = "NEZHA-4, no verification"
+OURS = LABELS["nezha"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of the results file; ``model``, with its epochs, is empty for baselines."""
+
+    dataset: str
+    model: str
+    method: str
+    seed: int
+    run: str
+    row: Mapping[str, str]
+
+    @classmethod
+    def of(cls, row: Mapping[str, str]) -> Result:
+        config = json.loads(row["config"] or "{}")
+        model = ""
+        if "family" in config:
+            shape = f"{config['family']}, {config['layers']} layers of {config['hidden']}"
+            planned = row["run"].split("/")
+            model = planned[1] if len(planned) == PARTS_OF_A_RUN else shape
+            model += f", {config['epochs']} epochs"  # one table never compares unequal budgets
+        unverified = row["method"] == OURS and row["validity"] == "final"
+        return cls(
+            row["dataset"],
+            model,
+            UNVERIFIED if unverified else row["method"],
+            int(row["seed"]),
+            row["run"],
+            row,
+        )
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return json.loads(self.row["config"] or "{}")
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        """Data set, model and method: what seeds are means of."""
+        return self.dataset, self.model, self.method
+
+    @property
+    def measures_beside(self) -> bool:
+        """Whether it is a row of beam widths or of latency, which the main tables do not have."""
+        return CURVE in self.run or ALONE in self.run
+
+    def number(self, name: str) -> float | None:
+        return float(self.row[name]) if self.row[name] else None
+
+
+def planned(paths: Sequence[Path]) -> set[str]:
+    """Names of all runs of some plans."""
+    nowhere = Places(Path(), Path(), Path())
+    jobs = (job for path in paths for job in runs(Plan.load(path), nowhere))
+    return {step.run for job in jobs for step in job.steps if step.run}
+
+
+def read_all(path: Path) -> list[Result]:
+    """Every line, oldest first."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [Result.of(row) for row in csv.DictReader(file)]
+
+
+def read(path: Path, split: str = "test", only: Collection[str] | None = None) -> list[Result]:
+    """Results of a split, one a data set, model, method and seed: the newest. ``only``: names of runs that count.
+
+    A model that baselines were measured beside has a row of its own before, which is the one that counts.
+    """
+    found = [one for one in read_all(path) if one.row["split"] == split and not one.measures_beside]
+    found = [one for one in found if only is None or one.run in only]
+    found.sort(key=lambda one: "-" not in one.run.rpartition("/")[2])
+    return list({(*one.group, one.seed): one for one in found}.values())
+
+
+def mean(values: Sequence[float | None], digits: int = 4) -> str:
+    """A dash where nothing is known."""
+    known = [value for value in values if value is not None]
+    return f"{fmean(known):.{digits}f}" if known else "–"
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean (lowest – highest)."""
+    known = [value for value in values if value is not None]
+    if len(known) < 2 or min(known) == max(known):
+        return mean(values)
+    return f"{fmean(known):.4f} ({min(known):.4f} – {max(known):.4f})"
