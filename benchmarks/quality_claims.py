@@ -74,22 +74,20 @@ def _counted(gap: Gap) -> str:
 
 
 def published_table(results: Sequence[Result]) -> str:
-    """NEZHA of each model beside published figures of the same users, items, split and order of ties."""
+    """NEZHA of each model among published figures of the same users, items, split and order of ties, best first."""
     lines = []
     for dataset in dict.fromkeys(one.dataset for one in results):
-        known = PUBLISHED.get(SAME_ORDER.get(dataset, dataset))
-        groups: dict[str, list[Result]] = {}
-        for one in results:
-            if known and one.dataset == dataset and one.method == OURS:
-                groups.setdefault(one.model, []).append(one)
-        for model, group in groups.items():
-            ours = [fmean(one.number(name) for one in group) for name in ("hit@10", "ndcg@10")]
-            lines.append([dataset, f"{OURS}, {model}", str(len(group)), *(f"{figure:.4f}" for figure in ours), "", ""])
-            for name, theirs in known.items() if known else ():
-                apart = [f"{100 * (mine / other - 1):+.1f}" for mine, other in zip(ours, theirs, strict=True)]
-                lines.append([dataset, name, "", *(f"{figure:.4f}" for figure in theirs), *apart])
-    heads = ["data set", "", "seeds", "Hit@10", "NDCG@10", f"{OURS} above, %: Hit@10", "NDCG@10"]
-    return table(heads, lines, left=2) if lines else ""
+        known = PUBLISHED.get(SAME_ORDER.get(dataset, dataset), {})
+        ours = [one for one in results if one.dataset == dataset and one.method == OURS]
+        rows = [(name, "published", *figures) for name, figures in known.items()]
+        for model in dict.fromkeys(one.model for one in ours):
+            group = [one for one in ours if one.model == model]
+            figures = (fmean(one.number(name) for one in group) for name in ("hit@10", "ndcg@10"))
+            rows.append((f"**{OURS}**, {model}", str(len(group)), *figures))
+        rows.sort(key=lambda row: -row[2])
+        if known and ours:
+            lines += [[dataset, name, seeds, f"{hit:.4f}", f"{gain:.4f}"] for name, seeds, hit, gain in rows]
+    return table(["data set", "", "seeds", "Hit@10", "NDCG@10"], lines, left=2) if lines else ""
 
 
 def backbones_table(results: Sequence[Result]) -> str:

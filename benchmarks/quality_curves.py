@@ -126,7 +126,7 @@ def latency_table(results: Sequence[Result]) -> str:
         lines.append(
             [dataset, method, one.row["beam_width"], *figures, str(clients), *times, one.config.get("device", "")]
         )
-    heads = ["data set", "", "beam width", "Hit@10", "NDCG@10", "at a time", "p50 ms", "p99 ms", "batches, ms a user"]
+    heads = ["data set", "", "beam width", "Hit@10", "NDCG@10", "at a time", "p50 ms", "p99 ms", "all users, ms each"]
     return table([*heads, "on"], lines, left=2) if lines else ""
 
 

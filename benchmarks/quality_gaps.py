@@ -43,7 +43,10 @@ def kept_at(results: Path) -> Path:
 
 
 def gaps(results: Sequence[Result], ranks: Path | None, kept: Path) -> list[Gap]:
-    """Of every model with NEZHA and every method beside it. With ``ranks`` they are made, and written to ``kept``."""
+    """Of every model with NEZHA and every method beside it. With ``ranks`` they are made, and written to ``kept``.
+
+    Baselines stand beside one model only, of which the data set has most rows.
+    """
     known = {one.key: one for one in _read(kept) if one.runs <= {result.run for result in results}}
     made = {one.key: one for one in _made(results, ranks)} if ranks else {}
     for key, one in made.items():
@@ -63,8 +66,10 @@ def _made(results: Sequence[Result], ranks: Path) -> Iterable[Gap]:
     for (dataset, model, method), ours in sides.items():
         if method != OURS:
             continue
+        models = [one.model for one in results if one.dataset == dataset and one.model]
+        stands_for_all = max(dict.fromkeys(models), key=models.count) == model
         for (where, beside, other), theirs in sides.items():
-            if where == dataset and beside in ("", model) and other != OURS:
+            if where == dataset and (beside == model or (stands_for_all and not beside)) and other != OURS:
                 yield from _gap(dataset, model, other, ours, theirs, once=len(theirs) == 1 and not beside)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.plots import BLUE, GREY, ORANGE, RED, SKY, STYLE, legend, plt, save
 from benchmarks.quality_curves import TRAINED, origin
 from benchmarks.quality_rows import OURS, UNVERIFIED, Result
@@ -81,10 +83,11 @@ def _levels(levels: Mapping[str, Mapping[str, Sequence[Result]]]) -> Any:
             (UNVERIFIED, "final validity", ORANGE, "^"),
         ):
             points = [(at, one.number(name)) for at, by in enumerate(levels.values()) for one in by[method]]
-            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle="none", label=label)
-        axis.set(title=title, ylim=(0, None), xlim=(-0.5, len(levels) - 0.5), xlabel="levels × codes")
+            places, values = np.array(points, dtype=float).reshape(-1, 2).T
+            axis.plot(places, values, color=colour, marker=marker, linestyle="none", label=label)
+        top = max(line.get_ydata().max(initial=0) for line in axis.get_lines())
+        axis.set(title=title, ylim=(0, 1.1 * top), xlim=(-0.5, len(levels) - 0.5), xlabel="levels × codes")
         axis.set_xticks(range(len(levels)), list(levels))
-        axis.margins(y=0.1)
     legend(figure, [axes[0]])
     return figure
 

@@ -36,6 +36,11 @@ ORDER = [*BASELINES.values(), FREE_LABEL, LABELS["ar"], LABELS["mtp"], *(LABELS[
 ORDER += [UNVERIFIED, OURS]
 PLANS = ROOT / "benchmarks" / "plans"
 LEVELS = PLANS / "quality-curves.toml"
+PICTURES = {
+    "widths": "Hit@10 and the share of valid beams over beam width",
+    "levels": "Hit@10, NDCG@10 and the share of valid beams over level sizes",
+    "time": "NDCG@10 of the validation items over minutes of training",
+}
 Minutes = quality_curves.Minutes
 
 
@@ -114,22 +119,25 @@ def sections(arguments: argparse.Namespace) -> tuple[dict[str, str], list[Path]]
     times = quality_curves.time_lines(results, minutes)
     timed = [one for one in rows if "latency" in one.config]
 
-    def with_minutes(text: str, shown: Sequence[Result]) -> str:
-        return f"{text}\n\n{quality_curves.origin(shown).capitalize()}{spent(shown, minutes)}." if text else ""
+    images = arguments.document.parent / "images"
+    pictures = draw_all(images, widths, levels, times, quality_curves.origin(results)) if results or levels else []
+
+    def section(name: str, text: str, shown: Sequence[Result]) -> str:
+        path = images / f"quality-{name}.svg"
+        picture = f"![{PICTURES[name]}](images/{path.name})\n\n" if path in pictures else ""
+        return f"{picture}{text}\n\n{quality_curves.origin(shown).capitalize()}{spent(shown, minutes)}." if text else ""
 
     tables = {
         "quality": make(results, found, minutes),
         "quality-sacrifice": quality_claims.sacrifice_tables(found),
         "quality-published": quality_claims.published_table(results),
         "quality-backbones": quality_claims.backbones_table(results),
-        "quality-widths": with_minutes(quality_curves.width_table(widths), widths),
-        "quality-levels": with_minutes(quality_curves.level_table(levels), of_levels),
-        "quality-time": quality_curves.time_table(times),
-        "quality-latency": with_minutes(quality_curves.latency_table(timed), timed),
+        "quality-widths": section("widths", quality_curves.width_table(widths), widths),
+        "quality-levels": section("levels", quality_curves.level_table(levels), of_levels),
+        "quality-time": section("time", quality_curves.time_table(times), [one for one in results if one.model]),
+        "quality-latency": section("latency", quality_curves.latency_table(timed), timed),
         "quality-search": quality_curves.search_table(read(arguments.results, "valid")),
     }
-    images = arguments.document.parent / "images"
-    pictures = draw_all(images, widths, levels, times, quality_curves.origin(results)) if results or levels else []
     return {name: text for name, text in tables.items() if text}, pictures
 
 

@@ -59,10 +59,10 @@ def test_a_shared_gpu_is_divided_among_those_at_work():
 
 def test_published_figures_stand_beside_the_mean_of_seeds():
     rows = [result("a", 1, hit=0.08), result("b", 1, seed=1, hit=0.09), result("c", 1, dataset="yelp")]
-    lines = published_table(rows).splitlines()
-    assert "| beauty-file-order | NEZHA, llama, 2 layers of 8, 3 epochs | 2 | 0.0850 | 0.0425 |  |  |" in lines
-    assert "| beauty-file-order | RPG |  | 0.0809 | 0.0464 | +5.1 | -8.4 |" in lines
-    assert not any("yelp" in line for line in lines)
+    lines = [line for line in published_table(rows).splitlines() if "beauty-file-order" in line]
+    assert lines[0] == "| beauty-file-order | **NEZHA**, llama, 2 layers of 8, 3 epochs | 2 | 0.0850 | 0.0425 |"
+    assert lines[1] == "| beauty-file-order | RPG | published | 0.0809 | 0.0464 |"
+    assert published_table(rows[2:]) == ""
 
 
 def test_backbones_are_compared_on_the_seeds_that_all_have():
