@@ -20,15 +20,19 @@ def results(folder: Path, name: str, gpu: str = "", vllm: str = "") -> list[Row]
 
 
 def one_machine(rows: Sequence[Row], gpu: str = "", vllm: str = "") -> list[Row]:
-    """Rows of one GPU name and vLLM version: those asked for, else those of the newest row that had a GPU, or of all.
+    """Rows of one GPU name and vLLM version: those asked for, else of the highest version and there of the newest row.
 
-    ``gpu`` and ``vllm`` need only be the beginning of the names.
+    Rows without a GPU come last. ``gpu`` and ``vllm`` need only be the beginning of the names.
     """
     rows = [row for row in rows if row.gpu.startswith(gpu) and row.vllm.startswith(vllm)]
     if not rows:
         return []
-    last = max(rows, key=lambda row: (not row.gpu.startswith("none"), row.date))
+    last = max(rows, key=lambda row: (not row.gpu.startswith("none"), _release(row.vllm), row.date))
     return [row for row in rows if (row.gpu, row.vllm) == (last.gpu, last.vllm)]
+
+
+def _release(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdecimal()]
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:

@@ -48,7 +48,7 @@ STYLE: dict[Any, Any] = {
 
 def draw_all(folder: Path, images: Path, gpu: str = "", vllm: str = "") -> Iterator[Path]:
     """Draw what there are rows for; yields the files."""
-    from benchmarks.timeline import draw_timeline
+    from benchmarks.timeline import draw_timeline, timelines
 
     plots = [
         ("latency", "latency", draw_latency),
@@ -60,9 +60,8 @@ def draw_all(folder: Path, images: Path, gpu: str = "", vllm: str = "") -> Itera
             figure = draw(results(folder, benchmark, gpu, vllm))
             if figure is not None:
                 yield save(figure, images / f"{name}.svg")
-        figure = draw_timeline(folder / "timeline.json", results(folder, "profile", gpu, vllm))
-        if figure is not None:
-            yield save(figure, images / "timeline.svg")
+        for file in timelines(folder):
+            yield save(draw_timeline(file, results(folder, "profile", gpu, vllm)), images / f"{file.stem}.svg")
 
 
 def save(figure: Any, path: Path) -> Path:

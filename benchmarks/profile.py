@@ -3,7 +3,7 @@
 python -m benchmarks.profile --model nezha-llama1b --prompts 128 --beams 512:50 -- --max-model-len 2048
 
 The engine runs in this process. Host steps are timed without a profiler; kernels in a second run with one. Rows go to
-``profile.csv``; one request, kernel by kernel, to ``timeline.json``, which ``benchmarks.tables`` draws.
+``profile.csv``; one request, kernel by kernel, to ``timeline-….json``, which ``benchmarks.tables`` draws.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import floors
+from benchmarks import floors, timeline
 from benchmarks.engines import System, open_system
 from benchmarks.gpu_parts import PARTS, Kernel, backbone_work, draft_work, sort_kernels
 from benchmarks.host_steps import HostSteps
@@ -174,7 +174,7 @@ def save_timeline(recorder: Recorder, cell: Cell, requests: list[tuple[HostSteps
     steps, kernels = order[len(order) // 2]
     spans = steps.requests[0].spans
     zero = min([span.start / 1000 for span in spans] + [kernels[0].start])
-    file = recorder.arguments.results / "timeline.json"
+    file = recorder.arguments.results / f"{timeline.name_of(recorder.arguments.label, cell)}.json"
     content = {
         **describe(),
         "model": recorder.arguments.label,

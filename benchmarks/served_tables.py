@@ -79,6 +79,43 @@ def bounded(rows: Sequence[Row], p99_ms: float = BOUND_MS) -> float | None:
     return max((row.requests_per_s or 0 for row in kept), default=None)
 
 
+def summary(one: Sequence[Row], many: Sequence[Row], model: str = "llama-1b", prompt: int = 128) -> str:
+    """What README shows of one model over HTTP: NEZHA as it is by default, wide and narrow, and stock vLLM.
+
+    ``one``: rows of latency; ``many``: of throughput, where NEZHA's narrow search has K = 50. Empty without NEZHA's.
+    """
+    by_default = f"{model}, async scheduling"  # older rows without that label are of servers without it
+    label = by_default if any(row.model == by_default for row in one) else model
+    columns = [
+        ("NEZHA, K = 512", "nezha", label, 512, 512),
+        ("NEZHA, K = 10", "nezha", label, 10, 50),
+        ("vLLM beam search, K = 10", "vllm-beam", model, 10, 10),
+        ("vLLM, one token, no beams", "vllm-one-token", model, 1, 1),
+    ]
+    used: list[Row] = []
+    lines: list[list[str]] = [["one client, p50"], ["most requests/s"], [f"with p99 ≤ {BOUND_MS:g} ms"]]
+    for _, system, name, width, wide in columns:
+        same = {"system": system, "model": name, "prompt_tokens": prompt, "transport": "http"}
+        alone = [
+            row for row in _having(one, **same, beam_width=width) if row.load != "batch" and row.p50_ms is not None
+        ]
+        loop = [row for row in _having(many, **same, beam_width=wide, load="closed") if row.requests_per_s is not None]
+        used += alone + loop
+        note = f"K = {wide}: " if wide != width else ""
+        lines[0].append(f"{number(alone[-1].p50_ms)} ms" if alone else "–")
+        lines[1].append(note + number(max(row.requests_per_s or 0 for row in loop), 0) if loop else "–")
+        best = bounded(loop)
+        lines[2].append("–" if best is None else note + number(best, 0))
+    if not any(row.system == "nezha" for row in used):
+        return ""
+    heads = ["", *(head for head, *_ in columns)]
+    return f"{table(heads, lines, left=1)}\n\n{origin(sorted(used, key=lambda row: row.date))}"
+
+
+def _having(rows: Sequence[Row], **columns: object) -> list[Row]:
+    return [row for row in rows if all(getattr(row, name) == value for name, value in columns.items())]
+
+
 def batches(rows: Sequence[Row]) -> str:
     """Offline: requests/s of prompts handed over in one call."""
     rows = [row for row in rows if row.load == "batch" and row.requests_per_s is not None]

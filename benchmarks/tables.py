@@ -19,6 +19,7 @@ from benchmarks import kernel_tables, served_tables
 from benchmarks.choose import results
 from benchmarks.machine import ROOT
 from benchmarks.rows import RESULTS, Row
+from benchmarks.timeline import links
 
 DOCUMENTS = ("README.md", "docs/performance.md")
 IMAGES = ROOT / "docs" / "images"
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--documents", nargs="*", type=Path, default=[ROOT / name for name in DOCUMENTS])
     parser.add_argument("--images", type=Path, default=IMAGES, metavar="DIR")
     parser.add_argument("--gpu", default="", help="beginning of a GPU's name (default: the newest rows')")
-    parser.add_argument("--vllm", default="", help="beginning of a version (default: the newest rows')")
+    parser.add_argument("--vllm", default="", help="beginning of a version (default: the highest)")
     parser.add_argument("--show", action="store_true", help="print the tables, write nothing")
     arguments = parser.parse_args(argv)
     found = make_tables(arguments.results, arguments.gpu, arguments.vllm)
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_tables(folder: Path, gpu: str = "", vllm: str = "") -> dict[str, str]:
     """All tables that have rows, by name."""
     texts = {name: make(results(folder, file, gpu, vllm)) for name, (file, make) in TABLES.items()}
+    texts["summary"] = served_tables.summary(*(results(folder, name, gpu, vllm) for name in ("latency", "throughput")))
+    texts["timelines"] = links(folder)
     return {name: text for name, text in texts.items() if text}
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib.pyplot as plt
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.markdown import number
 from benchmarks.rows import Row
+
+if TYPE_CHECKING:
+    from benchmarks.workload import Cell
 
 # neighbours differ in lightness, too
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#F0E442", "#D55E00", "#56B4E9", "#CC79A7", "#999999", "#000000")
@@ -21,17 +23,39 @@ DRAFT, GREY = "#D55E00", "#666666"
 SUMS = ("gpu: all kernels", "gpu: first start to last end", "gpu: draft stage")
 
 
+def name_of(model: str, cell: Cell) -> str:
+    """Of a timeline's file and picture, without their endings."""
+    return f"timeline-{re.sub(r'[^a-z0-9.]+', '-', model.lower())}-{cell.prompt_tokens}-{cell.beam_width}"
+
+
+def timelines(folder: Path) -> list[Path]:
+    return sorted(folder.glob("timeline-*.json"))
+
+
+def links(folder: Path) -> str:
+    """The pictures, as Markdown of a page beside ``images``; empty without any."""
+    return "\n\n".join(
+        f"![{text}: what host and GPU do, and each part beside its floor](images/{file.stem}.svg)"
+        for file in timelines(folder)
+        for text in [title(json.loads(file.read_text(encoding="utf-8")))]
+    )
+
+
+def title(found: dict[str, Any]) -> str:
+    return f"{found['model']}: one request of {found['prompt_tokens']} tokens, K = {found['beam_width']}"
+
+
 def draw_timeline(file: Path, rows: Sequence[Row]) -> Any:
-    """None without a timeline."""
-    if not file.is_file():
-        return None
+    import matplotlib.pyplot as plt
+
     found = json.loads(file.read_text(encoding="utf-8"))
     figure, (lanes, bars) = plt.subplots(2, 1, figsize=(11, 7.6), height_ratios=(1, 1.25))
     figure.set_layout_engine("constrained")
     draw_lanes(lanes, found)
     draw_bars(bars, [row for row in rows if is_part(row, found)])
-    title = f"{found['model']}: one request of {found['prompt_tokens']} tokens, K = {found['beam_width']}"
-    figure.suptitle(f"{title}, {found['n']} items, in process", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    figure.suptitle(
+        f"{title(found)}, {found['n']} items, in process", x=0.01, ha="left", fontsize=12, fontweight="bold"
+    )
     caption = f"{found['gpu']}, vLLM {found['vllm']}, commit {found['commit']}"
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=8, color=GREY)
     return figure
@@ -76,7 +100,9 @@ def draw_bars(axis: Any, rows: Sequence[Row]) -> None:
 
 
 def is_part(row: Row, found: dict[str, Any]) -> bool:
-    same = (row.engine_tokens, row.beam_width, row.n) == (found["prompt_tokens"], found["beam_width"], found["n"])
+    same = (row.model, row.engine_tokens, row.beam_width, row.n) == tuple(
+        found[name] for name in ("model", "prompt_tokens", "beam_width", "n")
+    )
     return same and row.part.startswith("gpu: ") and row.part not in SUMS and row.us is not None
 
 

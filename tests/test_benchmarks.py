@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -157,6 +158,9 @@ def test_the_newest_row_of_a_measurement_wins_and_machines_are_not_mixed():
     laptop = row(system="hf-beam", p50_ms=5.0, gpu="none, 2 CPU cores", date="2027-01-01")
     assert newest(one_machine([new, old, other, laptop])) == [new]
     assert one_machine([new, other], gpu="GPU B") == [other]
+    older_version = row(system="nezha", p50_ms=3.0, vllm="0.9.0", date="2026-02-01")
+    assert one_machine([new, older_version]) == [new]
+    assert one_machine([new, older_version], vllm="0.9") == [older_version]
 
 
 def test_rates_of_an_open_loop_come_from_one_commit():
@@ -193,6 +197,28 @@ def test_tables_are_written_between_their_marks_and_nowhere_else(tmp_path):
         fill(document, {"latency": LATENCY})
 
 
+SUMMARY = """|  | NEZHA, K = 512 | NEZHA, K = 10 | vLLM beam search, K = 10 | vLLM, one token, no beams |
+| --- | ---: | ---: | ---: | ---: |
+| one client, p50 | 2.5 ms | 2.0 ms | 20.0 ms | – |
+| most requests/s | 1,000 | K = 50: 1,100 | – | – |
+| with p99 ≤ 30 ms | 900 | – | – | – |
+
+GPU A; vLLM 0.32.0; commit abc; 2026-01-02."""
+
+
+def test_the_readme_has_the_default_server_beside_stock_vllm(tmp_path):
+    cells = [("nezha", 512, 2.5), ("nezha", 10, 2.0), ("vllm-beam", 10, 20.0)]
+    for system, width, p50 in cells:
+        label = "llama-1b, async scheduling" if system == "nezha" else "llama-1b"
+        append("latency", row(system=system, model=label, prompt_tokens=128, beam_width=width, p50_ms=p50), tmp_path)
+    append("latency", row(system="nezha", model="llama-1b", prompt_tokens=128, beam_width=512, p50_ms=9.0), tmp_path)
+    loop = {"benchmark": "throughput", "system": "nezha", "model": "llama-1b, async scheduling", "prompt_tokens": 128}
+    for width, clients, speed, p99 in [(512, 8, 900.0, 20.0), (512, 64, 1000.0, 40.0), (50, 64, 1100.0, 40.0)]:
+        found = row(beam_width=width, concurrency=clients, requests_per_s=speed, p99_ms=p99, **loop)
+        append("throughput", found, tmp_path)
+    assert make_tables(tmp_path)["summary"] == SUMMARY
+
+
 def test_every_plot_can_be_drawn(tmp_path):
     plots = pytest.importorskip("benchmarks.plots")
     base = {"prompt_tokens": 128, "p50_ms": 2.0, "p99_ms": 3.0, "requests_per_s": 9.0, "n": 5}
@@ -204,8 +230,16 @@ def test_every_plot_can_be_drawn(tmp_path):
     stage = {"benchmark": "kernels", "part": "draft stage", "load": "batch", "beam_width": 10, "items": 7}
     for system in ("triton", "pytorch"):
         append("kernels", row(system=system, concurrency=1, us=5.0, floor_us=1.0, **stage), tmp_path)
+    profile = {"benchmark": "profile", "system": "nezha", "engine_tokens": 131, "beam_width": 10, "n": 5}
+    append("profile", row(part="gpu: attention", us=200.0, floor_us=7.0, launches=16, **profile), tmp_path)
+    timeline = {"gpu": "GPU A", "vllm": "0.32.0", "commit": "abc", "model": "m", "prompt_tokens": 131, "beam_width": 10}
+    timeline |= {"n": 5, "steps": [["schedule", 0, 200, 0]], "kernels": [["attention", 300, 500]]}
+    (tmp_path / "timeline-m-128-10.json").write_text(json.dumps(timeline))
     drawn = [path.name for path in plots.draw_all(tmp_path, tmp_path / "images")]
-    assert drawn == ["latency.svg", "throughput.svg", "draft-stage.svg"]
+    assert drawn == ["latency.svg", "throughput.svg", "draft-stage.svg", "timeline-m-128-10.svg"]
+    tables = make_tables(tmp_path)
+    assert "](images/timeline-m-128-10.svg)" in tables["timelines"]
+    assert "| attention | 200.0 | 7.0 | 16 |" in tables["profile-gpu"]
 
 
 SEARCH = """
