@@ -1,4 +1,4 @@
-"""Model Runner V2 on an NVIDIA GPU: the answers of the transformers reference, with and without CUDA graphs."""
+"""Both model runners on an NVIDIA GPU: the answers of the transformers reference, with and without CUDA graphs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 
-def answers(checkpoint: Path, **options: object) -> list[RequestOutput]:
-    """Every prompt length alone, then all of them in batches of 32."""
+def answers(checkpoint: Path, v1: bool = False, **options: object) -> list[RequestOutput]:
+    """Every prompt length alone, then all of them in batches of 32. ``v1``: which model runner it must be."""
     engine = start(checkpoint, **({"enable_prefix_caching": False, "gpu_memory_utilization": 0.2} | options))
+    assert (engine.collective_rpc("lean_steps") == [None]) == v1
     prompts = [prompt_of(length, checkpoint) for length in LENGTHS]
     alone = [ask(engine, [prompt])[0] for prompt in prompts]
     batched = [output for first in range(0, len(prompts), 32) for output in ask(engine, prompts[first : first + 32])]
@@ -66,7 +67,9 @@ def expected(checkpoint: Path) -> list[list[tuple[str, float]]]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"async_scheduling": False}, {"compilation_config": {"cudagraph_mode": "FULL"}}]
+    "options",
+    [{}, {"async_scheduling": False}, {"compilation_config": {"cudagraph_mode": "FULL"}}],
+    ids=["default", "sync", "full"],
 )
 def test_graphs_do_not_change_bfloat16_answers(
     checkpoint: Path,
@@ -97,5 +100,16 @@ def test_float32_equals_the_reference(
 ) -> None:
     outputs = answers(checkpoint, dtype="float32", **options)
     assert any(output.num_cached_tokens for output in outputs) == bool(options)
+    for output, ranking in zip(outputs, expected, strict=True):
+        assert_same_answer(of_output(output), ranking)
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+def test_model_runner_v1_equals_the_reference(
+    checkpoint: Path, expected: list[list[tuple[str, float]]], monkeypatch: pytest.MonkeyPatch, eager: bool
+) -> None:
+    """vLLM takes it where it is told to, and 0.26 wherever any package brings a logits processor."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    outputs = answers(checkpoint, v1=True, dtype="float32", enforce_eager=eager)
     for output, ranking in zip(outputs, expected, strict=True):
         assert_same_answer(of_output(output), ranking)

@@ -24,6 +24,6 @@ class NezhaGPUWorker(CatalogueRpc, Worker):
         if type(self.model_runner) is runner_v2.GPUModelRunner:
             self.model_runner.__class__ = runner_v2.NezhaModelRunner
 
-    def lean_steps(self) -> int:
-        """How many steps were lean, for tests and benchmarks: ``llm.collective_rpc("lean_steps")``."""
-        return getattr(self.model_runner, "lean_steps", 0)
+    def lean_steps(self) -> int | None:
+        """How many steps were lean, for tests and benchmarks: ``llm.collective_rpc("lean_steps")``; None with V1."""
+        return getattr(self.model_runner, "lean_steps", None)
