@@ -129,3 +129,14 @@ def batches(rows: Sequence[Row]) -> str:
         heads = ["prompt tokens", "beam width", "prompts a call", *(f"{NAMES[name]}, req/s" for name in systems)]
         texts.append(f"**{model}**, {transport}\n\n{table(heads, lines)}\n\n{origin(found)}")
     return "\n\n".join(texts)
+
+
+def agreement(rows: Sequence[Row]) -> str:
+    """What two settings of the engine rank alike, a line a model and cell."""
+    heads = ["model", "prompt tokens", "beam width", "items", "prompts", "shares that both have"]
+    lines = [
+        [row.model, *whole(row.prompt_tokens, row.beam_width, row.n, row.requests), row.note]
+        for row in rows
+        if row.note
+    ]
+    return f"{table(heads, lines, left=1)}\n\n{origin(rows)}" if lines else ""

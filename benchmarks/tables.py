@@ -32,6 +32,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "kernels": ("kernels", kernel_tables.stages),
     "kernel-parts": ("kernels", kernel_tables.parts),
     "validity": ("validity", kernel_tables.validity),
+    "agreement": ("agreement", served_tables.agreement),
     "profile-gpu": ("profile", lambda rows: kernel_tables.profile(rows, "gpu")),
     "profile-host": ("profile", lambda rows: kernel_tables.profile(rows, "host")),
 }

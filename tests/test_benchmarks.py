@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 from benchmarks import floors
+from benchmarks.agreement import said
 from benchmarks.choose import newest, one_machine
 from benchmarks.gpu_parts import backbone_work, sort_kernels
 from benchmarks.host_steps import HostSteps
@@ -240,6 +241,14 @@ def test_every_plot_can_be_drawn(tmp_path):
     tables = make_tables(tmp_path)
     assert "](images/timeline-m-128-10.svg)" in tables["timelines"]
     assert "| attention | 200.0 | 7.0 | 16 |" in tables["profile-gpu"]
+
+
+def test_rankings_agree_in_part():
+    one = [{"a": -1.0, "b": -2.0}, {"c": -1.0, "d": -3.0}]
+    other = [{"b": -1.5, "a": -1.75}, {"c": -1.0, "e": -2.0}]
+    expected = "x: first item 0.500, ten best 0.750, all 0.750; scores 0.4167 apart in the mean, 0.7500 at most"
+    assert said(one, other, "x") == expected
+    assert said(one[1:], [{"f": 0.0}], "x").endswith("no item in both")
 
 
 SEARCH = """
