@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -302,3 +305,17 @@ def test_item_dropout_blots_out_history_but_no_target(catalogue):
     assert 0 < changed[:6].all(1).sum() < 6
     assert torch.equal(changed.all(1), changed.any(1))
     assert not changed[6:].any()
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_train_one_model(catalogue, rings, tmp_path):
+    rings.save(tmp_path / "rings")
+    catalogue.save(tmp_path / "catalogue")
+    words = ["train", tmp_path / "rings", tmp_path / "catalogue", "--out", tmp_path / "model", "--epochs", "1"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nezha_vllm.cli"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, *map(str, words), "--batch", "4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("checkpoint -> ") == 1  # one of them writes
+    assert (tmp_path / "model" / "config.json").is_file()

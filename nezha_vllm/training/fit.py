@@ -138,6 +138,7 @@ def _arguments(options: TrainingOptions, run_folder: Path, rows: int) -> Trainin
         lr_scheduler_type="cosine",
         warmup_steps=options.warmup,  # below 1: a share of all steps
         max_grad_norm=1.0,
+        use_cpu=not torch.accelerator.is_available(),  # else processes of torchrun on CPUs would each train alone
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         eval_strategy=strategy,
         eval_steps=steps or None,
