@@ -115,17 +115,16 @@ def time_table(lines: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[
 
 
 def latency_table(results: Sequence[Result]) -> str:
-    """Rows whose single requests were timed, of each data set the newest: quality and latency of the same run."""
+    """Rows whose single requests were timed, the newest of each, fastest first: quality and latency of the same run."""
     timed = {(*one.group, one.config["latency"]["clients"]): one for one in results if "latency" in one.config}
     lines = []
-    for (dataset, _, method, clients), one in sorted(timed.items(), key=lambda item: (item[0][0], item[0][1])):
+    for one in sorted(timed.values(), key=lambda one: (one.dataset, one.model, one.config["latency"]["p50_ms"])):
         latency = one.config["latency"]
         each = 1000 * float(one.row["seconds"]) / int(one.row["targets"])
         figures = [mean([one.number(name)]) for name in ("hit@10", "ndcg@10")]
         times = [f"{latency['p50_ms']:.2f}", f"{latency['p99_ms']:.2f}", f"{each:.2f}"]
-        lines.append(
-            [dataset, method, one.row["beam_width"], *figures, str(clients), *times, one.config.get("device", "")]
-        )
+        where = one.row["beam_width"], str(latency["clients"])
+        lines.append([one.dataset, one.method, where[0], *figures, where[1], *times, one.config.get("device", "")])
     heads = ["data set", "", "beam width", "Hit@10", "NDCG@10", "at a time", "p50 ms", "p99 ms", "all users, ms each"]
     return table([*heads, "on"], lines, left=2) if lines else ""
 

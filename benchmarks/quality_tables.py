@@ -99,7 +99,7 @@ def spent(rows: Sequence[Result], minutes: Minutes) -> str:
     """In words, behind a comma: the GPU minutes of the rows' runs; nothing where they are not known."""
     runs = {one.run for one in rows}
     whole, training = total(minutes, runs), total(minutes, runs, TRAINING)
-    devices = dict.fromkeys(one.config["device"] for one in rows if "device" in one.config)
+    devices = dict.fromkeys(one.config["device"] for one in rows if one.config.get("device", "cpu") != "cpu")
     on = f" of {', '.join(devices)}" if devices else ""
     return f"; {whole:.1f} GPU minutes{on}, {training:.1f} of them training" if whole else ""
 
