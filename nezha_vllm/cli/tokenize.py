@@ -6,7 +6,8 @@
   nezha tokenize data/beauty --out data/beauty-letter --index Beauty.index.json --index-offset 1
 
 Writes the catalogue folder and, beside it, OUT-report.json. Items that share an ID are dealt the last level's codes
-anew, so that all differ, as far as the level sizes allow it. IDs of an index file (LETTER's format) stay as they are.
+anew, so that all differ, as far as the level sizes allow it; with --extra-level one more code tells them apart, with
+--keep-shared nothing does. IDs of an index file (LETTER's format) stay as they are.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="PCA of all features to N numbers; 0: none (%(default)s)",
     )
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the report: .svg, .png or .pdf; matplotlib")
-    parser.add_argument("--keep-shared", action="store_true", help="leave shared IDs as they were made")
+    shared = parser.add_mutually_exclusive_group()
+    shared.add_argument("--keep-shared", action="store_true", help="leave shared IDs as they were made")
+    shared.add_argument("--extra-level", action="store_true", help="tell items of one ID apart by one more level")
     parser.add_argument("--seed", type=int, default=0, help="seed of k-means, RQ-VAE and SVD (%(default)s)")
 
 
@@ -85,7 +88,12 @@ def run(arguments: argparse.Namespace) -> int:
         built = build.imported(dataset, sizes if arguments.codes else None, arguments.index, arguments.index_offset)
     else:
         built = build.tokenize(
-            dataset, sizes, options, resolve_shared=not arguments.keep_shared, quantizer=arguments.quantizer
+            dataset,
+            sizes,
+            options,
+            resolve_shared=not arguments.keep_shared,
+            add_level=arguments.extra_level,
+            quantizer=arguments.quantizer,
         )
     built.catalogue.save(arguments.out)
     path = build.report_path(arguments.out)

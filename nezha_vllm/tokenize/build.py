@@ -23,7 +23,7 @@ from nezha_vllm.tokenize.features import FeatureOptions, item_features
 from nezha_vllm.tokenize.index_files import codes_by_item, read_index, smallest_sizes
 from nezha_vllm.tokenize.report import Report, neighbour_prefixes
 from nezha_vllm.tokenize.residual_kmeans import Quantized, residual_kmeans
-from nezha_vllm.tokenize.shared_ids import resolve
+from nezha_vllm.tokenize.shared_ids import extra_level, resolve
 
 QUANTIZERS = ("kmeans", "rqvae")
 
@@ -54,11 +54,14 @@ def tokenize(
     options: FeatureOptions,
     *,
     resolve_shared: bool = True,
+    add_level: bool = False,
     quantizer: str = "kmeans",
 ) -> Tokenized:
     """Semantic IDs for every item of ``dataset``. Items on one ID rank by how often training users met them.
 
     Args:
+        resolve_shared: deal the last level's codes anew, so that items differ as far as its size allows.
+        add_level: number the items of one ID at a level of their own instead; there is none if all IDs differ.
         quantizer: one of ``QUANTIZERS``.
 
     Raises ``ValueError`` for sizes that span 2^63 IDs or more, or features that cannot be made.
@@ -71,21 +74,27 @@ def tokenize(
     with progress_bars() as progress:
         quantized = _quantized(features, codebook_sizes, options.seed, quantizer, progress)
         codes = quantized.codes
-        if resolve_shared:
+        if resolve_shared and not add_level:
             codes = resolve(codes, quantized.last_level_cost)
+    moved, kept = (codes != quantized.codes).any(axis=1).sum(), quantized.variance_kept(features, codes)
+    sizes = list(codebook_sizes)
+    if add_level:
+        codes = extra_level(codes, np.array(_weights(dataset)))
+        sizes += [int(codes[:, -1].max()) + 1] if codes.shape[1] > len(sizes) else []
+        SemanticIdCodec(sizes)
     provenance = {
         "dataset": dataset.name,
         "features": described,
         "quantizer": quantizer,
-        "items_moved": int((codes != quantized.codes).any(axis=1).sum()),
-        "share_of_variance_kept": round(quantized.variance_kept(features, codes), 4),
+        "items_moved": int(moved),
+        "share_of_variance_kept": round(kept, 4),
         "neighbour_prefixes": neighbour_prefixes(features, codes, options.seed),
         "seconds": round(time.perf_counter() - started, 2),
     }
     return Tokenized(
-        _catalogue(dataset, codes, codebook_sizes),
+        _catalogue(dataset, codes, sizes),
         Report.of(quantized.codes, codebook_sizes),
-        Report.of(codes, codebook_sizes),
+        Report.of(codes, sizes),
         provenance,
     )
 
@@ -120,12 +129,16 @@ def _quantized(features: np.ndarray, sizes: Sequence[int], seed: int, quantizer:
     return rqvae(features, sizes, training, on_epoch=lambda epoch: progress.advance(bar))
 
 
-def _catalogue(dataset: Dataset, codes: np.ndarray, codebook_sizes: Sequence[int]) -> Catalogue:
+def _weights(dataset: Dataset) -> list[float]:
+    """How often training users met each item."""
     met = Counter(item for items in dataset.split().train for item in items)
+    return [float(met[item]) for item in dataset.item_ids]
+
+
+def _catalogue(dataset: Dataset, codes: np.ndarray, codebook_sizes: Sequence[int]) -> Catalogue:
     metadata = {
         f"item_{name}" if name in RESERVED_COLUMNS else name: dataset.items[name].to_pylist()
         for name in dataset.items.column_names
         if name not in ("item_id", "text")
     }
-    weights = [float(met[item]) for item in dataset.item_ids]
-    return Catalogue.build(dataset.item_ids, codes, codebook_sizes, metadata=metadata, weights=weights)
+    return Catalogue.build(dataset.item_ids, codes, codebook_sizes, metadata=metadata, weights=_weights(dataset))

@@ -89,7 +89,8 @@ def table(before: Report, after: Report, neighbours: Sequence[float] = ()) -> Ta
     }.items():
         shown.add_row(label, *values)
     for level, size in enumerate(after.codebook_sizes):
-        used = [f"{report.codes_used[level]:,} of {size:,}" for report in (before, after)]
+        counts = [report.codes_used[level : level + 1] for report in (before, after)]  # one level may have been added
+        used = [f"{count[0]:,} of {size:,}" if count else "" for count in counts]
         shown.add_row(f"codes used, level {level + 1}", *used)
     for level, share in enumerate(neighbours):
         shown.add_row(f"nearest item shares {level + 1} code{'s' * (level > 0)}", "", f"{share:.2%}")

@@ -1,4 +1,4 @@
-"""Resolution of shared semantic IDs by optimal assignment at the last level.
+"""Resolution of shared semantic IDs by optimal assignment at the last level, or by one more level.
 
 Items with one prefix of L - 1 codes compete for the T_L codes of the last level. Where some of them share one, the
 group's last codes are dealt anew so that all differ and the sum of squared distances to the codes' centres is least.
@@ -28,6 +28,20 @@ def resolve(codes: np.ndarray, cost_of: Callable[[np.ndarray], np.ndarray]) -> n
         if len(np.unique(codes[rows, -1])) < len(rows):
             resolved[rows, -1] = _deal(cost_of(rows))
     return resolved
+
+
+def extra_level(codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Codes [items, L] → [items, L + 1]: the items of one ID are numbered, the heaviest has 0.
+
+    Where no ID is shared, the codes as they are.
+    """
+    _, group_of, sizes = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
+    if sizes.max() == 1:
+        return codes
+    order = np.lexsort((-np.asarray(weights), group_of.reshape(-1)))
+    numbers = np.empty(len(codes), np.int64)
+    numbers[order] = np.arange(len(codes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.column_stack([codes, numbers])
 
 
 def _deal(cost: np.ndarray) -> np.ndarray:
