@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Difference:
     removed: np.ndarray
     moved: np.ndarray
     reweighted: np.ndarray
+    regrouped: np.ndarray
 
     @property
     def counts(self) -> dict[str, int]:
@@ -27,7 +29,7 @@ class Difference:
 
 
 def difference(old: Catalogue, new: Catalogue) -> Difference:
-    """Items added, removed, moved (their codes changed) and with another weight."""
+    """Items added, removed, moved (their codes changed), with another weight, and in other segments."""
     row_in_new = _rows_in(new, old)
     known = row_in_new >= 0
     old_rows, new_rows = np.nonzero(known)[0], row_in_new[known]
@@ -43,7 +45,16 @@ def difference(old: Catalogue, new: Catalogue) -> Difference:
         removed=np.nonzero(~known)[0],
         moved=np.sort(new_rows[has_moved]),
         reweighted=np.sort(new_rows[reweighted]),
+        regrouped=np.sort(new_rows[_regrouped(old.segments, old_rows, new.segments, new_rows)]),
     )
+
+
+def _regrouped(old: Segments, old_rows: np.ndarray, new: Segments, new_rows: np.ndarray) -> np.ndarray:
+    """Whether each item is in a segment on one side alone; a segment that a side lacks has no items there."""
+    found = np.zeros(len(new_rows), bool)
+    for name in {*old.names, *new.names}:
+        found |= old.holds(name, old_rows) != new.holds(name, new_rows)
+    return found
 
 
 def lost_share(old: Catalogue, new: Catalogue) -> float:

@@ -31,6 +31,12 @@ class Segments:
         names = segment_names(items)
         return cls(names, [_bits(one_array(items[PREFIX + name])) for name in names])
 
+    def holds(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Whether each of the rows is in the segment; none is where there is no such segment."""
+        if name not in self.names:
+            return np.zeros(len(rows), bool)
+        return self.combination([name], []).holds(rows)
+
     def combination(self, all_of: Iterable[str], none_of: Iterable[str]) -> Combination:
         """All names must be known."""
         return Combination(self, self._places(all_of), self._places(none_of))

@@ -72,8 +72,9 @@ def test_diff_counts_and_names_items(folder: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert nezha("diff", f"store@{one}", "store", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["counts"] == {"added": 1, "removed": 1, "moved": 1, "reweighted": 1}
-    assert found["examples"] == {"added": ["new"], "removed": ["film-0"], "moved": ["film-1"], "reweighted": ["film-1"]}
+    assert found["counts"] == {"added": 1, "removed": 1, "moved": 1, "reweighted": 1, "regrouped": 0}
+    examples = {"added": ["new"], "removed": ["film-0"], "moved": ["film-1"], "reweighted": ["film-1"], "regrouped": []}
+    assert found["examples"] == examples
     assert nezha("diff", "one", "store") == 0
     assert "film-0" in capsys.readouterr().out
 

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             report.add_argument("--version", metavar="VERSION", help="only this version of a store")
         report.add_argument("--json", action="store_true", help="print JSON")
 
-    diff = verb("diff", catalogue_report.diff, "count items added, removed, moved and reweighted from A to B")
+    diff = verb("diff", catalogue_report.diff, "items added, removed, moved, reweighted, regrouped from A to B")
     for name in "ab":
         diff.add_argument(
             name, metavar=name.upper(), help="catalogue folder, store (its current version) or STORE@VERSION"
