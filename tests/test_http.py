@@ -257,6 +257,7 @@ REFUSALS: list[tuple[str, str, dict[str, Any]]] = [
     ("validity", "stepwise, final", {"extra_body": {"vllm_xargs": {"validity": "always"}}}),
     ("validity", "stepwise, final", {"extra_body": {"vllm_xargs": {"validity": ["final"]}}}),
     ("beam_widht", "takes beam_width, validity", {"extra_body": {"vllm_xargs": {"beam_widht": 10}}}),
+    ("exclude_items", "inside vllm_xargs", {"extra_body": {"exclude_items": ["item-1"]}}),
     ("structured_outputs", "leave it out", {"extra_body": {"structured_outputs": {"regex": "a"}}}),
     ("response_format", "leave it out", {"extra_body": {"response_format": {"type": "json_object"}}}),
     ("prompt_logprobs", "prompt_logprobs", {"extra_body": {"prompt_logprobs": 1}}),

@@ -8,7 +8,7 @@ from typing import Any
 
 from nezha_vllm.frontend.answers import RecommendedItem
 from nezha_vllm.frontend.errors import bad_request
-from nezha_vllm.frontend.options import check_search
+from nezha_vllm.frontend.options import OPTIONS, check_search
 from nezha_vllm.frontend.prompts import EMPTY_PROMPT
 from nezha_vllm.frontend.rules import LISTS
 from nezha_vllm.frontend.service import Service
@@ -30,6 +30,9 @@ def prepare(request: Any, service: Service) -> Any:
     for name in ("echo", "suffix", "prompt_embeds"):
         if getattr(request, name, None):
             raise bad_request(name, f"{name} does not work with catalogue items; leave it out")
+    for name in OPTIONS:  # vLLM ignores fields it does not know, and a rule that is ignored shows what it forbids
+        if name in (request.model_extra or {}):
+            raise bad_request(name, f"{name} is an option of the search; send it inside vllm_xargs")
     if request.prompt in (None, "", []):
         raise bad_request("prompt", EMPTY_PROMPT)
     if request.response_format is not None and request.response_format.type != "text":
