@@ -32,10 +32,22 @@ def replacing(folder: str | os.PathLike[str], marker: str) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield scratch
+        _open_up(scratch)
         scratch.chmod(0o755)
         publish(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _open_up(folder: Path) -> None:
+    """Let whoever may read a new file of this process read all of these: safetensors writes for the owner alone."""
+    new = folder / ".new"
+    new.touch()
+    mode = new.stat().st_mode
+    new.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | mode)
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import threading
@@ -283,6 +284,17 @@ def test_saving_leaves_nothing_beside_the_folder(tmp_path, system):
         example(version).save(folder)
     assert [path.name for path in folder.parent.iterdir()] == ["catalogue"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+
+
+def test_a_server_of_another_user_may_read_what_was_saved(tmp_path):
+    before = os.umask(0o027)  # for the owner and the group
+    try:
+        example("one").save(tmp_path / "catalogue")
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "catalogue").iterdir()} == dict.fromkeys(
+        FILES, 0o640
+    )
 
 
 def test_a_failed_save_keeps_the_old_and_leaves_nothing_beside(folder, monkeypatch):
