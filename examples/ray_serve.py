@@ -7,6 +7,7 @@ Each replica runs `vllm serve` and passes requests on to it, so this is the API 
 """
 
 import os
+from collections.abc import Mapping
 
 import aiohttp
 from ray import serve
@@ -16,6 +17,7 @@ from starlette.responses import Response
 from nezha_vllm.server import Server, free_port
 
 QUEUED = 4  # requests of a replica, under way and waiting, that call for another one
+OWN = {"host", "connection", "content-length", "content-encoding", "transfer-encoding"}  # headers of each connection
 
 
 @serve.deployment(
@@ -43,10 +45,11 @@ class Nezha:
         async with self.session.request(
             request.method,
             request.url.path,
+            params=str(request.query_params),
             data=await request.body(),
-            headers={"Content-Type": request.headers.get("Content-Type", "application/json")},
+            headers=others(request.headers),
         ) as answer:
-            return Response(await answer.read(), answer.status, media_type=answer.content_type)
+            return Response(await answer.read(), answer.status, others(answer.headers))
 
     def check_health(self) -> None:
         if self.server.process.poll() is not None:
@@ -54,6 +57,10 @@ class Nezha:
 
     def __del__(self) -> None:
         self.server.stop()
+
+
+def others(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if name.lower() not in OWN}
 
 
 app = Nezha.bind(os.environ.get("CHECKPOINT", "demo/checkpoint"), os.environ.get("ARGUMENTS", "").split())
