@@ -94,8 +94,14 @@ def test_a_job_outlives_a_worker_and_a_node_and_goes_on_after_its_driver(
     wait_for(lambda: parts() >= 3, job)
     killed = workers(cluster)[-1]
     os.kill(killed["Pid"], signal.SIGKILL)
-    wait_for(lambda: killed["Pid"] not in [worker["Pid"] for worker in workers(cluster)], job)
-    victim = workers(cluster)[0]["Address"]["NodeID"]
+    others: list[dict[str, Any]] = []  # the second engine may still be starting
+
+    def are_known() -> bool:
+        others[:] = workers(cluster)
+        return bool(others) and killed["Pid"] not in [worker["Pid"] for worker in others]
+
+    wait_for(are_known, job)
+    victim = others[0]["Address"]["NodeID"]
     [node] = [node for node in cluster.worker_nodes if node.node_id == victim]
     cluster.remove_node(node, allow_graceful=False)
     at_the_kill = parts()
