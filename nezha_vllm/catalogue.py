@@ -40,6 +40,7 @@ from nezha_vllm.catalogue_checks import (
     check_keys,
     check_loaded,
     check_parts,
+    check_policy,
 )
 from nezha_vllm.columns import check_distinct, item_id_column, metadata_column, one_array
 from nezha_vllm.folders import check_replaceable, replacing
@@ -64,7 +65,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Items in key order; the m-th semantic ID is ``keys[m]``, its items ``first_row[m]`` to ``first_row[m + 1]``."""
+    """Items in key order; the m-th semantic ID is ``keys[m]``, its items ``first_row[m]`` to ``first_row[m + 1]``.
+
+    ``shared_ids`` is how items of one semantic ID come out, see ``sharing.ranked_rows``; None leaves it to the server.
+    """
 
     codec: SemanticIdCodec
     version: str
@@ -72,6 +76,7 @@ class Catalogue:
     keys: np.ndarray
     first_row: np.ndarray
     rows_by_id: np.ndarray
+    shared_ids: str | None = None
 
     @classmethod
     def build(
@@ -83,6 +88,7 @@ class Catalogue:
         metadata: Mapping[str, Sequence[Any] | pa.Array] | None = None,
         weights: Sequence[float] | np.ndarray | None = None,
         segments: Mapping[str, Sequence[bool] | np.ndarray | pa.Array] | None = None,
+        shared_ids: str | None = None,
         version: str | None = None,
     ) -> Catalogue:
         """Order items and index them.
@@ -94,6 +100,7 @@ class Catalogue:
             metadata: further columns, such as titles, one value an item.
             weights: order of items that share a semantic ID, largest first; default 0 for all.
             segments: named sets of items that requests may ask for, one true or false an item.
+            shared_ids: one of ``SHARED_ID_POLICIES``; None leaves it to the server's setting.
             version: name of this state; default the first 12 digits of a hash of the content.
 
         Raises:
@@ -106,6 +113,7 @@ class Catalogue:
         by_id = pc.sort_indices(ids).to_numpy()
         check_distinct(ids, ids.take(pa.array(by_id)))
         codes, weight = check_parts(count, codes, codec, metadata, weights)
+        check_policy(shared_ids)
         in_segments = segment_columns(segments or {}, count)
         key = codec.key(codes)
         # one stable sort after the other, the last the most significant: half the time of lexsort
@@ -129,11 +137,12 @@ class Catalogue:
         items = pa.table(columns)
         return cls(
             codec,
-            version or _content_version(codec, items),
+            version or _content_version(codec, items, shared_ids),
             items,
             key[first],
             np.append(first, count).astype(np.int64),
             row[by_id],
+            shared_ids,
         )
 
     @property
@@ -231,6 +240,7 @@ class Catalogue:
                 num_items=self.num_items,
                 num_ids=self.num_ids,
                 **({"segments": self.segments.names} if self.segments.names else {}),
+                **({"shared_ids": self.shared_ids} if self.shared_ids else {}),
             )
 
     @classmethod
@@ -249,7 +259,9 @@ class Catalogue:
             arrays = load_file(folder / KEYS)
             items = _map_items(folder)
             codec = SemanticIdCodec(manifest["codebook_sizes"])
-            catalogue = cls(codec, manifest["version"], items, *(arrays[name] for name in ARRAYS))
+            keys, first_row, rows_by_id = (arrays[name] for name in ARRAYS)
+            policy = manifest.get("shared_ids")
+            catalogue = cls(codec, manifest["version"], items, keys, first_row, rows_by_id, policy)
             check_loaded(catalogue, manifest)
         except _UNREADABLE as error:
             raise CatalogueError(f"catalogue {folder} cannot be read: {error}; {REBUILD}") from error
@@ -303,9 +315,9 @@ def _map_items(folder: Path) -> pa.Table:
         return pa.ipc.open_file(source).read_all()
 
 
-def _content_version(codec: SemanticIdCodec, items: pa.Table) -> str:
-    """Hash of the codebook sizes and of the items as an Arrow IPC stream, of which no copy is made."""
-    digest = hashlib.sha256(repr(codec.codebook_sizes).encode())
+def _content_version(codec: SemanticIdCodec, items: pa.Table, shared_ids: str | None) -> str:
+    """Hash of codebook sizes, policy and the items as an Arrow IPC stream, of which no copy is made."""
+    digest = hashlib.sha256(repr(codec.codebook_sizes).encode() + (shared_ids or "").encode())
     with pa.PythonFile(_Hashed(digest), mode="w") as sink, pa.ipc.new_stream(sink, items.schema) as writer:
         writer.write_table(items)
     return digest.hexdigest()[:12]

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from nezha_vllm.columns import one_array
 from nezha_vllm.manifest import MANIFEST, CatalogueError
 from nezha_vllm.segments import PREFIX, check_segments
-from nezha_vllm.semantic_id import SemanticIdCodec
+from nezha_vllm.semantic_id import SHARED_ID_POLICIES, SemanticIdCodec
 
 if TYPE_CHECKING:
     from nezha_vllm.catalogue import Catalogue
@@ -55,9 +55,16 @@ def check_parts(
     return codes, weight
 
 
+def check_policy(shared_ids: Any) -> None:
+    """Raise ``CatalogueError`` for a policy that does not exist; None is no policy."""
+    if shared_ids is not None and shared_ids not in SHARED_ID_POLICIES:
+        raise CatalogueError(f"shared_ids is {shared_ids!r}, must be one of {SHARED_ID_POLICIES}")
+
+
 def check_loaded(catalogue: Catalogue, manifest: dict[str, Any]) -> None:
     """Raise ``CatalogueError`` unless every law of the format holds; files may come from another writer."""
     codec, items = catalogue.codec, catalogue.items
+    check_policy(catalogue.shared_ids)
     try:
         items.validate(full=True)  # offsets and UTF-8: reading through bad ones would crash
     except pa.ArrowException as error:

@@ -8,9 +8,8 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
-from nezha_vllm.semantic_id import SemanticIdCodec
+from nezha_vllm.semantic_id import SHARED_ID_POLICIES, SemanticIdCodec
 
-SHARED_ID_POLICIES = ("expand", "first", "round_robin")
 VALIDITY_MODES = ("stepwise", "final")
 AUTOREGRESSIVE = "ar"  # the language model: no draft head, a forward pass a code
 METHODS = ("nezha", "nezha-1", "nezha-2", "nezha-3", "mtp", AUTOREGRESSIVE)

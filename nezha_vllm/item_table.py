@@ -48,6 +48,7 @@ def build(
     weight: str | None = None,
     metadata: Sequence[str] | None = None,
     segments: Sequence[str] = (),
+    shared_ids: str | None = None,
     version: str | None = None,
 ) -> Catalogue:
     """A catalogue of the file's items.
@@ -80,6 +81,7 @@ def build(
             metadata={name: table[name] for name in others},
             weights=_weights(table[weight], weight) if weight else None,
             segments=_segments(table, segments),
+            shared_ids=shared_ids,
             version=version,
         )
     except ValueError as error:

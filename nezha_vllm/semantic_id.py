@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 LEVEL_NAMES = "abcdefghijklmnopqrstuvwxyz"
+SHARED_ID_POLICIES = ("expand", "first", "round_robin")  # how items of one semantic ID come out, see ``sharing``
 
 
 def code_token(level: int, code: int) -> str:

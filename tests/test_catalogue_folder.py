@@ -122,6 +122,7 @@ def test_resealing_alone_changes_nothing(folder):
         ({"codebook_sizes": None}, f"{MANIFEST} is damaged"),
         ({"files": {}}, f"{ITEMS} is missing"),
         ({"files": []}, f"{MANIFEST} is damaged.*files"),
+        ({"shared_ids": "last"}, "shared_ids is 'last', must be one of"),
         ({"version": None}, f"{MANIFEST} is damaged.*version"),
         ({"num_items": "7"}, f"{MANIFEST} is damaged.*num_items"),
     ],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.catalogue import Catalogue, CatalogueError
 from nezha_vllm.config import SHARED_ID_POLICIES
 from nezha_vllm.eligibility import eligibility
 from nezha_vllm.sharing import ranked_rows
@@ -40,6 +44,27 @@ def test_policies_and_caps(catalogue: Catalogue, policy: str, options: dict, exp
     rows, ranks = ranked_rows(catalogue, np.array([2, 0, 3]), 8, policy=policy, **options)
     assert names(catalogue, rows) == expected
     assert [GROUPS[[2, 0, 3][rank]].count(name) for rank, name in zip(ranks, expected, strict=True)] == [1] * len(rows)
+
+
+def test_a_catalogue_brings_its_policy_along_and_is_another_version_by_it(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    from nezha_vllm.frontend.answers import rank
+    from nezha_vllm.frontend.options import Plan
+    from nezha_vllm.payload import RankedIds
+
+    found, versions = {}, set()
+    for policy in (None, *SHARED_ID_POLICIES):
+        built = Catalogue.build(list("abc"), [[0], [0], [1]], [2], shared_ids=policy)
+        built.save(tmp_path / "catalogue")
+        loaded = Catalogue.load(tmp_path / "catalogue")
+        versions.add(loaded.version)
+        service: Any = SimpleNamespace(catalogue=loaded, settings=SimpleNamespace(shared_ids="first"))
+        best = RankedIds(np.array([0, 1]), np.array([[-1.0], [-2.0]]), num_drafted=2, num_valid=2)
+        found[policy] = "".join(rank(Plan(service, 3, 3, "stepwise", False), best).item_ids)
+    assert found == {None: "ac", "expand": "abc", "first": "ac", "round_robin": "acb"}
+    assert len(versions) == 4
+    with pytest.raises(CatalogueError, match="shared_ids is 'last'"):
+        Catalogue.build(["a"], [[0]], [2], shared_ids="last")
 
 
 def plain(ranked: list[int], n: int, policy: str, cap: int, hidden: set[str]) -> str:

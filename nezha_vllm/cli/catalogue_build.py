@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sets of items that requests may ask for: in_stock,markets are columns of true and false, each a segment, "
         "or of lists of segments' names",
     )
+    parser.add_argument(
+        "--shared-ids",
+        choices=("expand", "first", "round_robin"),
+        help="how items that share a semantic ID come out: all of an ID before the next one's, one an ID, or in turn "
+        "(the server's setting)",
+    )
     parser.add_argument("--version", metavar="NAME", help="name of this state (12 digits of a hash of the content)")
 
 
@@ -57,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         weight=arguments.weight,
         metadata=None if arguments.metadata is None else [name for name in arguments.metadata.split(",") if name],
         segments=[name for name in arguments.segments.split(",") if name],
+        shared_ids=arguments.shared_ids,
         version=arguments.version,
     )
     catalogue.save(arguments.out)

@@ -82,7 +82,7 @@ def diff(arguments: argparse.Namespace) -> int:
         more = ", …" if count > len(shown[name]) else ""
         print(f"{name + ':':12}{count:>12,}   {', '.join(shown[name])}{more if shown[name] else ''}")
     if old.version != new.version and not any(found.counts.values()):
-        print("only metadata, codebook sizes or segments without items differ")
+        print("only metadata, codebook sizes, segments without items or the policy for shared IDs differ")
     return 0
 
 

@@ -73,7 +73,8 @@ def recommend(
     beams = search(
         model, histories, catalogue=catalogue, beam_width=width, validity=validity, prefix=prefix, kernels=kernels
     )
-    return [_items(beams, row, n, catalogue, model.config.shared_ids) for row in range(len(histories))]
+    policy = catalogue.shared_ids or model.config.shared_ids
+    return [_items(beams, row, n, catalogue, policy) for row in range(len(histories))]
 
 
 @torch.no_grad()
