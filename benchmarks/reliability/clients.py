@@ -31,11 +31,13 @@ class Tally:
     refused: list[float] = field(default_factory=list)
     seconds: float = 0.0
     late: float = 0.0  # most that an open loop was behind its schedule
+    most: int = 0  # requests of an open loop that waited for a reply at once
 
     @classmethod
     def of(cls, parts: Sequence[Tally]) -> Tally:
         """Of clients that asked at the same time."""
         found = cls(seconds=max(part.seconds for part in parts), late=max(part.late for part in parts))
+        found.most = sum(part.most for part in parts)  # no fewer than all had at one moment
         for part in parts:
             found.outcomes += part.outcomes
             found.versions += part.versions
@@ -133,6 +135,7 @@ class Clients:
             task = asyncio.create_task(self.ask(tally))
             under_way.add(task)
             task.add_done_callback(under_way.discard)
+            tally.most = max(tally.most, len(under_way))
         last, tally.seconds = time.monotonic(), time.monotonic() - begun
         await asyncio.gather(*under_way)
         return tally, last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 from benchmarks.reliability.clients import Clients, Tally
 from benchmarks.reliability.questions import Questions
 
+LONGEST_RECOVERY = 120.0  # seconds
 T = TypeVar("T")
 
 
@@ -42,7 +44,7 @@ class Crowd:
         return Tally.of([tally for tally, _ in found]), max(last for _, last in found)
 
     def recovery(self, usual: float, since: float) -> float:
-        """Seconds from ``since`` until one request alone takes no longer than ``usual`` again."""
+        """Seconds from ``since`` until one request alone takes no longer than ``usual`` again; inf if it never does."""
         [seconds] = self._all(_recovery, [(usual, since)])
         return seconds
 
@@ -75,10 +77,11 @@ def _open_loop(
 def _recovery(url: str, questions: Questions, seed: int, for_vllm: float, usual: float, since: float) -> float:
     async def loop() -> float:
         async with Clients(url, questions, seed, for_vllm) as asking:
-            while True:
+            while time.monotonic() < since + LONGEST_RECOVERY:
                 tally, begun = Tally(), time.monotonic()
                 if await asking.ask(tally) and tally.answered[0] <= usual:
                     return max(0.0, begun - since)
                 await asyncio.sleep(0.05)
+            return math.inf
 
     return asyncio.run(loop())

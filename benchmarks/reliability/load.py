@@ -3,13 +3,14 @@
 `python -m benchmarks.reliability.load --model DIR`
 
 Closed loop with 1, 8, 64 and 256 clients, then new requests at twice the highest rate of answers seen there, then one
-client until it is as fast as before: the time of recovery. Samples the requests that the server has under way and,
-where the server is started here, the memory of its processes. Exit status 1 if an answer was wrong or missing.
+client until it is as fast as before: the time of recovery. Counts the requests that wait for a reply at once, and
+samples the memory of the server's processes where it is started here. Exit status 1 if an answer was wrong or missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import threading
 import time
@@ -18,11 +19,11 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from benchmarks.reliability.clients import Tally, under_way
+from benchmarks.reliability.clients import Tally
 from benchmarks.reliability.crowd import Crowd
 from benchmarks.reliability.processes import print_memory, used_bytes
 from benchmarks.reliability.start import parser, questions, split, started
-from nezha_vllm.scrape import ScrapeError, metrics_of
+from nezha_vllm.scrape import metrics_of
 
 
 class Watch:
@@ -31,7 +32,6 @@ class Watch:
     def __init__(self, url: str, group: int | None) -> None:
         self._url, self._group = url, group
         self._memory: list[dict[str, int]] = []
-        self._under_way = 0.0
         self._before = metrics_of(url, timeout=30)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -48,18 +48,13 @@ class Watch:
         while not self._end.wait(1.0):
             if self._group is not None:
                 self._memory.append(used_bytes(self._group))
-            try:
-                self._under_way = max(self._under_way, under_way(self._url))
-            except ScrapeError as error:
-                print(f"  {error}", flush=True)
 
     def part(self) -> str:
         """What the server says of the time since the last call."""
         now = metrics_of(self._url, timeout=30)
-        part, most = now.since(self._before), self._under_way
-        self._before, self._under_way = now, 0.0
+        part, self._before = now.since(self._before), now
         p50, p99 = (1e3 * (part.quantile("nezha_request_seconds", share) or 0.0) for share in (0.5, 0.99))
-        return f"  the server: p50 {p50:.0f}, p99 {p99:.0f} ms of those answered; at most {most:.0f} in the engine"
+        return f"  the server: p50 {p50:.0f}, p99 {p99:.0f} ms of those answered"
 
     def report(self) -> None:
         if self._memory:
@@ -78,10 +73,13 @@ def run(arguments: argparse.Namespace, crowd: Crowd, watch: Watch) -> int:
     tally, last = crowd.open_loop(rate, arguments.burst)
     ended = time.monotonic() - last
     print(f"open loop, {rate:.0f} requests/s, {tally.seconds:.0f} s: {tally}")
-    print(f"  at most {tally.late:.2f} s behind the schedule; last reply {ended:.1f} s after the end")
+    print(f"  at most {tally.most} waited for a reply at once, {tally.late:.2f} s behind the schedule")
+    print(f"  last reply {ended:.1f} s after the end")
     failures += _failures(tally, allowed=("200", "429", "503"))
     usual = float(np.percentile(loops[min(loops)].answered, 99))
-    print(f"  recovery {crowd.recovery(usual, last):.1f} s after the end")
+    recovery = crowd.recovery(usual, last)
+    failures += recovery == math.inf
+    print(f"  recovery {recovery:.1f} s after the end")
     print(watch.part(), flush=True)
     tally = crowd.closed_loop(min(loops), min(10.0, arguments.seconds))
     print(f"closed loop, {min(loops)} clients, behind it: {tally}")
