@@ -124,9 +124,9 @@ def check_two_engines(
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=60, max_retries=0)
         model = client.models.list().data[0].id
 
-        def complete(prompt: Any) -> Ranking:
+        def complete(prompt: Any, headers: dict[str, str] | None = None) -> Ranking:
             tokens = prompt["prompt_token_ids"]
-            return of_completion(client.completions.create(model=model, prompt=tokens, n=N))
+            return of_completion(client.completions.create(model=model, prompt=tokens, n=N, extra_headers=headers))
 
         with ThreadPoolExecutor(8) as pool:
             for found, other in zip(pool.map(complete, prompts), expected, strict=True):
@@ -139,6 +139,11 @@ def check_two_engines(
         assert counted["nezha_requests_total|answered"] == counted["nezha_items_returned_count"] == len(prompts)
         assert counted[f"nezha_catalogue_info|{Catalogue.load(checkpoint / 'catalogue').version}"] == 2
         assert counted["nezha_catalogue_items"] == MOVIES
+
+        for length in range(101, 106):  # new to both engines, and alone in its step: to the last bit
+            prompt = prompt_of(length, checkpoint)
+            of_engine = [complete(prompt, {"X-data-parallel-rank": rank}) for rank in ("0", "1")]
+            assert of_engine[0] == of_engine[1]
 
         os.kill(engine_processes(server.process.pid)[1], signal.SIGKILL)
         deadline = time.monotonic() + 60
