@@ -43,7 +43,8 @@ def hit_rate(policy: str, checkpoint: str, urls: Sequence[str]) -> float:
     port = free_port()
     command = ["vllm-router", "--worker-urls", *urls, "--policy", policy, "--port", str(port)]
     command += ["--prometheus-port", str(free_port()), "--log-level", "warning"]
-    router = subprocess.Popen(command)
+    with open("router.log", "ab") as log:  # a line and more a request
+        router = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60)
         wait_for(f"http://127.0.0.1:{port}/health", router)
@@ -90,7 +91,7 @@ def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
             urllib.request.urlopen(url, timeout=1).close()
             return
         except OSError:
-            assert process.poll() is None, "the router ended"
+            assert process.poll() is None, "the router ended; router.log says why"
             time.sleep(0.2)
     raise TimeoutError(url)
 
