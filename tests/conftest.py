@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # float32 attention on a GPU is Triton's, which rounds to tf32 otherwise: 1e-3 on scores
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+# models this small gain nothing by threads, which wait for each other wherever two processes share two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # no deadline an example: a machine that runs other things at the same time would break it now and then
 settings.register_profile("nezha", deadline=None)
@@ -76,11 +79,28 @@ def start(checkpoint: Path, **options: object) -> LLM:
     return LLM(str(checkpoint), **(settings | options))
 
 
+@contextmanager
+def in_process(checkpoint: Path, **options: object) -> Iterator[LLM]:
+    """The same engine in this process, which has vLLM imported already: that is 25 s of CPU in those of `start`."""
+    import torch
+    from vllm.v1.engine import core
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM's worker puts another in its place
+        engine = start(checkpoint, **options)
+    try:
+        yield engine
+    finally:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(core, "cleanup_dist_env_and_memory", lambda: None)  # other engines of this process go on
+            engine.llm_engine.engine_core.shutdown()
+
+
 @pytest.fixture(scope="session")
 def llm(checkpoint: Path) -> Iterator[LLM]:
-    engine = start(checkpoint)
-    yield engine
-    engine.llm_engine.engine_core.shutdown()
+    with in_process(checkpoint) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")

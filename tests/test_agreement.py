@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import openai
 import pytest
 from answers import Ranking, assert_same_answer, of_completion, of_output
-from conftest import start
+from conftest import in_process
 
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.data import movielens
@@ -68,9 +68,8 @@ def test_http_equals_the_reference(server: str, prompts: list[str], expected: li
 def test_bfloat16_stays_close_to_the_reference(checkpoint: Path, prompts: list[str], expected: list[Ranking]) -> None:
     from vllm import SamplingParams
 
-    engine = start(checkpoint, dtype="bfloat16")
-    outputs = engine.generate(prompts, SamplingParams(n=N), use_tqdm=False)
-    engine.llm_engine.engine_core.shutdown()
+    with in_process(checkpoint, dtype="bfloat16") as engine:
+        outputs = engine.generate(prompts, SamplingParams(n=N), use_tqdm=False)
     shared = [
         len({item for item, _ in of_output(output)[:10]} & {item for item, _ in ranking[:10]}) / 10
         for output, ranking in zip(outputs, expected, strict=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from answers import assert_same_answer, of_output
-from conftest import BLOCK_SIZE, LEVELS, start
+from conftest import BLOCK_SIZE, LEVELS, in_process, make_checkpoint
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -19,13 +18,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 LENGTHS = range(1, 4 * BLOCK_SIZE + 1)  # one block and three past its boundary
 N = 10
-
-
-@pytest.fixture(scope="module")
-def chunking(checkpoint: Path) -> Iterator[LLM]:
-    engine = start(checkpoint, max_num_batched_tokens=24, max_num_seqs=8)
-    yield engine
-    engine.llm_engine.engine_core.shutdown()
 
 
 def prompt_of(length: int, checkpoint: Path) -> dict[str, list[int]]:
@@ -73,14 +65,13 @@ def test_every_prompt_length_gives_the_same_answer_in_a_batch_of_32(
             assert_same_answer(of_output(output), of_output(expected))
 
 
-def test_every_prompt_length_gives_the_same_answer_in_chunks(
-    chunking: LLM, fresh: list[RequestOutput], checkpoint: Path
-) -> None:
-    for first in range(0, len(LENGTHS), 32):
-        batch = LENGTHS[first : first + 32]
-        outputs = ask(chunking, [prompt_of(length, checkpoint) for length in batch])
-        for output, expected in zip(outputs, fresh[first : first + 32], strict=True):
-            assert_same_answer(of_output(output), of_output(expected))
+def test_every_prompt_length_gives_the_same_answer_in_chunks(fresh: list[RequestOutput], checkpoint: Path) -> None:
+    with in_process(checkpoint, max_num_batched_tokens=24, max_num_seqs=8) as chunking:
+        for first in range(0, len(LENGTHS), 32):
+            batch = LENGTHS[first : first + 32]
+            outputs = ask(chunking, [prompt_of(length, checkpoint) for length in batch])
+            for output, expected in zip(outputs, fresh[first : first + 32], strict=True):
+                assert_same_answer(of_output(output), of_output(expected))
 
 
 def test_widths_and_validity_modes_mix_in_a_batch(llm: LLM, checkpoint: Path) -> None:
@@ -121,11 +112,8 @@ def test_items_that_share_an_id_follow_each_other_in_the_catalogues_order(llm: L
 
 
 def test_more_items_than_the_catalogue_has_are_all_of_them(tmp_path: Path) -> None:
-    from conftest import make_checkpoint
-
-    small = start(make_checkpoint(tmp_path / "small", items=5), max_model_len=64)
-    output = ask(small, [{"prompt": "<item:item-3>"}], n=50)[0]
-    small.llm_engine.engine_core.shutdown()
+    with in_process(make_checkpoint(tmp_path / "small", items=5), max_model_len=64) as small:
+        output = ask(small, [{"prompt": "<item:item-3>"}], n=50)[0]
     assert sorted(item.text for item in output.outputs) == [f"item-{i}" for i in range(1, 6)]
     assert output.nezha.reason is not None
 
@@ -156,7 +144,7 @@ def test_preempted_requests_get_the_same_answer(llm: LLM, checkpoint: Path) -> N
     """Eight prompts of four or five blocks each, advancing together in small chunks, on 14 blocks of cache."""
     prompts = [prompt_of(100 + i, checkpoint) for i in range(24)]
     expected = ask(llm, prompts)
-    scarce = start(
+    with in_process(
         checkpoint,
         max_model_len=256,
         max_num_batched_tokens=64,
@@ -165,10 +153,9 @@ def test_preempted_requests_get_the_same_answer(llm: LLM, checkpoint: Path) -> N
         num_gpu_blocks_override=14,
         scheduler_reserve_full_isl=False,
         disable_log_stats=False,
-    )
-    outputs = ask(scarce, prompts)
-    preemptions = sum(metric.value for metric in scarce.get_metrics() if metric.name == "vllm:num_preemptions")
-    scarce.llm_engine.engine_core.shutdown()
+    ) as scarce:
+        outputs = ask(scarce, prompts)
+        preemptions = sum(metric.value for metric in scarce.get_metrics() if metric.name == "vllm:num_preemptions")
     assert preemptions > 0
     for output, other in zip(outputs, expected, strict=True):
         assert_same_answer(of_output(output), of_output(other))

@@ -72,6 +72,7 @@ def guarded(checkpoint: Path, collector: Collector, tmp_path_factory: pytest.Tem
     arguments = ["--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--max-model-len", "1024"]
     arguments += ["--api-key", KEY, "--otlp-traces-endpoint", collector.url]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no process more for the worker
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # milliseconds between two exports, 5,000 by default
         with Server(checkpoint, free_port(), arguments=arguments, log=log) as running:
             running.wait_until_ready(timeout=240)
