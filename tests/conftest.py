@@ -13,6 +13,8 @@ import pytest
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+    from nezha_vllm.server import Server
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,8 +30,23 @@ settings.load_profile("nezha")
 
 LEVELS = [16, 24, 32]
 BLOCK_SIZE = 32
+SERVING = ["--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--max-model-len", "1024"]
+PROCESSES = "VLLM_ENABLE_V1_MULTIPROCESSING"
 SEGMENTS = {"odd": 2, "in stock": 3}  # without every second, every third item
 MOVIES = 1682  # items of MovieLens 100K: real histories fit the catalogue
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With workers side by side, as `make test` has: who shares a server stays together, others go by file; slow first.
+
+    What is quick comes last and evens out when the workers end.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        together = "server" if "server" in getattr(item, "fixturenames", ()) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(together))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def make_checkpoint(
@@ -71,30 +88,46 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "nezha-tiny")
 
 
-def start(checkpoint: Path, **options: object) -> LLM:
-    """A real engine in its own process."""
-    from vllm import LLM
+def start(checkpoint: Path, *, inside: bool = False, **options: object) -> LLM:
+    """A real engine, in its own processes or inside this one."""
+    from vllm import LLM, envs
 
     settings = {"dtype": "float32", "enforce_eager": True, "block_size": BLOCK_SIZE, "max_model_len": 1024}
-    return LLM(str(checkpoint), **(settings | options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PROCESSES, str(int(not inside)))
+        engine = LLM(str(checkpoint), **(settings | options))
+    envs.disable_envs_cache()
+    return engine
 
 
 @contextmanager
 def in_process(checkpoint: Path, **options: object) -> Iterator[LLM]:
-    """The same engine in this process, which has vLLM imported already: that is 25 s of CPU in those of `start`."""
+    """The same without processes of its own: to import vLLM takes each of the two 12 s of CPU. Only where no GPU is."""
     import torch
     from vllm.v1.engine import core
 
+    inside = not torch.cuda.is_available()  # memory of a GPU comes back with the process
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM's worker puts another in its place
-        engine = start(checkpoint, **options)
+        engine = start(checkpoint, inside=inside, **options)
     try:
         yield engine
     finally:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(core, "cleanup_dist_env_and_memory", lambda: None)  # other engines of this process go on
             engine.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def serving(checkpoint: Path, log: Path, *more: str) -> Iterator[Server]:
+    """A real `vllm serve`, whose engine does its worker's work, as on a GPU: a process less for each engine."""
+    from nezha_vllm.server import Server, free_port
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PROCESSES, "0")
+        server = Server(checkpoint, free_port(), arguments=[*SERVING, *more], log=log)
+    with server as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
@@ -106,10 +139,6 @@ def llm(checkpoint: Path) -> Iterator[LLM]:
 @pytest.fixture(scope="session")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Base URL of a real `vllm serve` process on the checkpoint."""
-    from nezha_vllm.server import Server, free_port
-
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    arguments = ["--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--max-model-len", "1024"]
-    with Server(checkpoint, free_port(), arguments=arguments, log=log) as running:
+    with serving(checkpoint, tmp_path_factory.mktemp("server") / "log.txt") as running:
         running.wait_until_ready(timeout=240)
         yield running.url

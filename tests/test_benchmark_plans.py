@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 from benchmarks.machine import ROOT
 from benchmarks.run import CommandStep, Plan, ServerStep, cells, main
 from benchmarks.workload import Cell
+from nezha_vllm import cli
 
 SERVER = '[models]\ntiny.init = []\n[[steps]]\nname = "s"\nsystems = ["nezha"]\nmodel = "tiny"\n'
 
@@ -96,7 +96,7 @@ def test_servers_start_together_and_each_is_asked_in_its_turn(tmp_path, monkeypa
     """With servers that only say what became of them."""
     import benchmarks.run as run
 
-    told = []
+    told, made = [], []
 
     @contextmanager
     def starting(system, checkpoint, vllm_args, gpus, cores):
@@ -112,6 +112,8 @@ def test_servers_start_together_and_each_is_asked_in_its_turn(tmp_path, monkeypa
     monkeypatch.setattr(run, "starting", starting)
     monkeypatch.setattr(run, "ready", lambda server, system, workload, gpus: run.Target(system, "", workload))
     monkeypatch.setattr(run, "ask", ask)
+    here = SimpleNamespace(run=lambda argv, check: made.append(cli.main(argv[3:])), SubprocessError=ValueError)
+    monkeypatch.setattr(run, "subprocess", here)  # what makes the checkpoint, in this process
     path = tmp_path / "plan.toml"
     init = ["--backbone", "tiny", "--random-weights", "--hidden", "64", "--heads", "2", "--random-items", "20"]
     steps = "".join(
@@ -133,15 +135,15 @@ def test_servers_start_together_and_each_is_asked_in_its_turn(tmp_path, monkeypa
         "stop 2",
     ]
     assert "failed: b\n" in capfd.readouterr().err
+    assert made == [0]
     told.clear()
     assert main([*where, "--only", "c"]) == 0
     assert told == ["start 2 0-1 bfloat16", "ask c", "stop 2"]
 
 
-def test_a_step_that_is_not_planned_is_refused(tmp_path):
+def test_a_step_that_is_not_planned_is_refused(tmp_path, capsys):
     path = tmp_path / "plan.toml"
     path.write_text(SERVER)
-    argv = [sys.executable, "-m", "benchmarks.run", str(path), "--folder", str(tmp_path), "--only", "t"]
-    run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert "no steps ['t']; the plan has ['s']" in run.stderr
+    with pytest.raises(SystemExit, match="2"):
+        main([str(path), "--folder", str(tmp_path), "--only", "t"])
+    assert "no steps ['t']; the plan has ['s']" in capsys.readouterr().err

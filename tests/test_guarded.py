@@ -13,10 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import BLOCK_SIZE
+from conftest import serving
 
 from nezha_vllm.catalogue import Catalogue
-from nezha_vllm.server import Server, free_port
 
 KEY = "a key of this test"
 HISTORY = "<item:item-3><item:item-70>"
@@ -69,12 +68,10 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture(scope="module")
 def guarded(checkpoint: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("guarded") / "log.txt"
-    arguments = ["--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--max-model-len", "1024"]
-    arguments += ["--api-key", KEY, "--otlp-traces-endpoint", collector.url]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no process more for the worker
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # milliseconds between two exports, 5,000 by default
-        with Server(checkpoint, free_port(), arguments=arguments, log=log) as running:
+        with serving(checkpoint, log, "--api-key", KEY, "--otlp-traces-endpoint", collector.url) as running:
             running.wait_until_ready(timeout=240)
             yield running.url
 

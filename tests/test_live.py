@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from answers import assert_same_answer
-from conftest import BLOCK_SIZE
+from conftest import serving
 
 from benchmarks.reliability import hangups
 from benchmarks.reliability.clients import Clients, Tally
@@ -30,7 +30,7 @@ from benchmarks.reliability.questions import Questions
 from benchmarks.reliability.versions import Ranking, rankings, versions_of
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.client import prompt
-from nezha_vllm.server import Server, free_port
+from nezha_vllm.server import Server
 from nezha_vllm.store import Store
 
 pytestmark = pytest.mark.slow
@@ -99,10 +99,9 @@ def live(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     store = Store(folder / "store")
     store.publish(folders["one"])
     options = {"nezha": {"catalogue": str(store.folder), "catalogue_poll_seconds": POLL, "max_concurrent_requests": 16}}
-    arguments = ["--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--max-model-len", "1024"]
-    arguments += ["--additional-config", json.dumps(options), "--api-server-count", "2"]
+    arguments = ["--additional-config", json.dumps(options), "--api-server-count", "2"]
     log = folder / "log.txt"
-    with Server(checkpoint, free_port(), arguments=arguments, log=log) as running:
+    with serving(checkpoint, log, *arguments) as running:
         expected = rankings(checkpoint, catalogues, HISTORIES, N)
         running.wait_until_ready(timeout=400)
         yield Live(running.url, store, folders, expected, log, running)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 from answers import Ranking, assert_same_answer, of_completion, of_output
-from conftest import BLOCK_SIZE, MOVIES, start
+from conftest import MOVIES, serving, start
 from test_engine import N, ask, prompt_of
 from test_metrics import scrape
 from test_startup import configure
@@ -25,13 +25,11 @@ from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.engine.config_hook import PARENTS_VERSION
 from nezha_vllm.engine.cpu_cores import BIND, core_lists, share_cores
 from nezha_vllm.engine.settings import ENGINES_HERE, workers_here
-from nezha_vllm.server import Server, free_port
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 LENGTHS = (1, 2, 5, 9, 31, 32, 33, 64, 65, 100)
-SERVING = ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK_SIZE), "--max-model-len", "1024"]
 
 
 @pytest.mark.parametrize(
@@ -118,8 +116,7 @@ def check_two_engines(
     checkpoint: Path, log: Path, prompts: Sequence[Any], expected: Sequence[Ranking], more: Sequence[str] = ()
 ) -> None:
     """Two engines behind one port: both work, answers are the expected ones, and the server ends when one is killed."""
-    arguments = [*SERVING, "--data-parallel-size", "2", *more]
-    with Server(checkpoint, free_port(), arguments=arguments, log=log) as server:
+    with serving(checkpoint, log, "--enforce-eager", "--data-parallel-size", "2", *more) as server:
         server.wait_until_ready(timeout=280)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=60, max_retries=0)
         model = client.models.list().data[0].id

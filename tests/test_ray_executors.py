@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 from answers import Ranking, assert_same_answer, of_completion, of_output
-from conftest import LEVELS, start
+from conftest import LEVELS, SERVING, start
 from test_engine import N, ask, prompt_of
 from test_metrics import scrape
-from test_parallel import LENGTHS, SERVING, requests_by_engine, two_gpus  # noqa: F401
+from test_parallel import LENGTHS, requests_by_engine, two_gpus  # noqa: F401
 from watching import healthy, until
 
 from nezha_vllm.catalogue import Catalogue
@@ -116,7 +116,8 @@ def check_server(
     old = Catalogue.load(checkpoint / "catalogue")
     Catalogue.build(old.item_ids(range(1000)), old.codes[:1000], LEVELS).save(fewer)
     options = {"nezha": {"catalogue": str(store.folder), "catalogue_poll_seconds": 0.5}}
-    more = [*SERVING, *arguments, "--api-server-count", "1", "--additional-config", json.dumps(options)]
+    more = [*SERVING, "--enforce-eager", "--api-server-count", "1", "--additional-config", json.dumps(options)]
+    more += arguments
     log = folder / "log.txt"
     with Server(checkpoint, free_port(), arguments=more, log=log) as server:
         server.wait_until_ready(timeout=400)

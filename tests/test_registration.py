@@ -37,14 +37,19 @@ def test_registering_twice_changes_nothing() -> None:
     assert before == RENDERER_REGISTRY.renderers
 
 
-def test_registering_changes_no_class_of_vllm() -> None:
-    """Other models served beside the installed plugin must find vLLM as it is."""
+def test_registering_changes_no_class_of_vllm_and_imports_no_worker() -> None:
+    """Other models served beside the installed plugin must find vLLM as it is.
+
+    vLLM's CPU worker replaces classes of Model Runner V2 as it is imported.
+    """
     script = (
-        "import nezha_vllm; nezha_vllm.register();"
+        "import sys, nezha_vllm; nezha_vllm.register();"
         "from vllm.v1.engine.input_processor import InputProcessor as I;"
         "from vllm.v1.engine.output_processor import RequestState as R;"
         "assert not hasattr(I.process_inputs, '__wrapped__');"
-        "assert not hasattr(R.from_new_request, '__wrapped__')"
+        "assert not hasattr(R.from_new_request, '__wrapped__');"
+        "import nezha_vllm.engine.gpu_worker, nezha_vllm.engine.model;"
+        "assert 'vllm.v1.worker.cpu_worker' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True)
 
@@ -84,15 +89,6 @@ def test_vllms_contract_with_schedulers_and_runners_is_the_expected_one() -> Non
     assert "discard_request_mask" in inspect.getsource(GPUModelRunner)
     assert "logits_indices" in inspect.getsource(GPUModelRunner._prepare_inputs)
     assert LogprobsTensors._fields[:3] == ("logprob_token_ids", "logprobs", "selected_token_ranks")
-
-
-def test_the_cpu_worker_is_not_imported_with_the_gpu_worker() -> None:
-    """vLLM's CPU worker replaces classes of Model Runner V2 as it is imported."""
-    script = (
-        "import sys, nezha_vllm; nezha_vllm.register(); import nezha_vllm.engine.gpu_worker, nezha_vllm.engine.model;"
-        "assert 'vllm.v1.worker.cpu_worker' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True)
 
 
 @pytest.mark.parametrize(
