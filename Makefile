@@ -30,7 +30,7 @@ serve: install
 	@exec $(BIN)/nezha serve $(DEMO)/checkpoint --port $(PORT)
 
 test: install $(DONE)/dev
-	@$(BIN)/pytest -m "not gpu and not ray" -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/pytest -m "not gpu and not ray" -n 2 --no-loadscope-reorder
 
 test-gpu: install $(DONE)/dev
 	@$(BIN)/pytest -m gpu -s

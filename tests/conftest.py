@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -32,21 +32,28 @@ LEVELS = [16, 24, 32]
 BLOCK_SIZE = 32
 SERVING = ["--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--max-model-len", "1024"]
 PROCESSES = "VLLM_ENABLE_V1_MULTIPROCESSING"
+SERVER_ASKED_BY = {f"test_{name}" for name in ("agreement", "bad_input", "http", "metrics", "monitoring", "status")}
 SEGMENTS = {"odd": 2, "in stock": 3}  # without every second, every third item
 MOVIES = 1682  # items of MovieLens 100K: real histories fit the catalogue
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With workers side by side, as `make test` has: who shares a server stays together, others go by file; slow first.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first: of two workers side by side, as in `make test`, neither is left alone with one of them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
-    What is quick comes last and evens out when the workers end.
-    """
-    if not hasattr(config, "workerinput"):
-        return
-    for item in items:
-        together = "server" if "server" in getattr(item, "fixturenames", ()) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(together))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests go to one worker, and all files that ask the same server."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByServer(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "server" if Path(file).stem in SERVER_ASKED_BY else file
+
+    return ByServer(config, log)
 
 
 def make_checkpoint(
