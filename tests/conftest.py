@@ -103,7 +103,8 @@ def start(checkpoint: Path, *, inside: bool = False, **options: object) -> LLM:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(PROCESSES, str(int(not inside)))
         engine = LLM(str(checkpoint), **(settings | options))
-    envs.disable_envs_cache()
+    if inside:
+        envs.disable_envs_cache()  # which the engine has enabled for the process
     return engine
 
 
