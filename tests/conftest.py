@@ -32,15 +32,16 @@ LEVELS = [16, 24, 32]
 BLOCK_SIZE = 32
 SERVING = ["--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--max-model-len", "1024"]
 PROCESSES = "VLLM_ENABLE_V1_MULTIPROCESSING"
+LONGEST = ("parallel", "live", "two_machines", "interpreted", "pipeline", "guarded")
 SERVER_ASKED_BY = {f"test_{name}" for name in ("agreement", "bad_input", "http", "metrics", "monitoring", "status")}
 SEGMENTS = {"odd": 2, "in stock": 3}  # without every second, every third item
 MOVIES = 1682  # items of MovieLens 100K: real histories fit the catalogue
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow files first: of two workers side by side, as in `make test`, neither is left alone with one of them."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """The longest files first: of two workers, as `make test` has, neither is left alone with one of them."""
+    places = {f"test_{name}": place - len(LONGEST) for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, 0))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -102,6 +103,7 @@ def start(checkpoint: Path, *, inside: bool = False, **options: object) -> LLM:
     settings = {"dtype": "float32", "enforce_eager": True, "block_size": BLOCK_SIZE, "max_model_len": 1024}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(PROCESSES, str(int(not inside)))
+        patch.setenv("VLLM_DIST_IDENT", "")  # what a worker inside puts there is not for later children
         engine = LLM(str(checkpoint), **(settings | options))
     if inside:
         envs.disable_envs_cache()  # which the engine has enabled for the process

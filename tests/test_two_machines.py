@@ -18,7 +18,7 @@ from answers import assert_same_answer, of_completion, of_output
 from conftest import LEVELS, PROCESSES, SERVING
 from test_engine import N, ask, prompt_of
 from test_metrics import scrape
-from test_parallel import LENGTHS, engine_processes, requests_by_engine
+from test_parallel import LENGTHS, NO_WORKERS, engine_processes, requests_by_engine
 from watching import healthy, until
 
 from nezha_vllm.catalogue import Catalogue
@@ -63,7 +63,7 @@ def test_two_machines_answer_as_one_follow_the_store_and_end_together(
     old = Catalogue.load(checkpoint / "catalogue")
     Catalogue.build(old.item_ids(range(1000)), old.codes[:1000], LEVELS).save(tmp_path / "fewer")
     options = {"nezha": {"catalogue": str(store.folder), "catalogue_poll_seconds": 0.5}}
-    arguments = [*SERVING, "--enforce-eager", "--additional-config", json.dumps(options)]
+    arguments = [*SERVING, *NO_WORKERS, "--enforce-eager", "--additional-config", json.dumps(options)]
     port = free_port()
     url, both = f"http://127.0.0.1:{port}", {"CHECKPOINT": checkpoint, "HEAD": "127.0.0.1", "RPC_PORT": free_port()}
     logs = tmp_path / "head.txt", tmp_path / "second.txt"
