@@ -234,9 +234,7 @@ def test_the_repositorys_plans_have_commands_that_exist(name, count, places):
 
 
 def test_the_curve_over_level_sizes_differs_from_the_main_table_in_its_index_alone():
-    main, curves = (
-        Plan.load(ROOT / "benchmarks" / "plans" / name) for name in ("quality.toml", "quality-curves.toml")
-    )
+    main, curves = (Plan.load(ROOT / "benchmarks" / "plans" / name) for name in ("quality.toml", "quality-curves.toml"))
     assert (curves.train, curves.evaluate) == (main.train, main.evaluate)
     assert curves.models.items() <= main.models.items()
     for dataset in curves.datasets.values():
