@@ -207,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = arguments.only
     jobs = list({job.name: job for plan in plans for job in runs(plan, places)}.values())
     jobs = [job for job in jobs if not wanted or any(text in job.name for text in wanted)]
+    jobs.sort(key=lambda job: job.alone)  # those let nothing else run, so they wait for all plans
     if arguments.list:
         finished = finished_runs(places.results)
         for job in jobs:

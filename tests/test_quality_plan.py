@@ -19,7 +19,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 from benchmarks import quality_gains, quality_gaps, quality_rows, quality_tables
 from benchmarks.machine import ROOT
-from benchmarks.quality import Runner, load
+from benchmarks.quality import Runner, load, main
 from benchmarks.quality_plan import Job, Places, Plan, Step, finished_runs, is_done, preparations, remaining, runs
 from nezha_vllm import cli
 
@@ -248,6 +248,14 @@ def test_runs_come_in_the_plans_order(places, tmp_path):
     assert [job.name.split("/")[2:4] for job in runs(plan, places)] == [["ar", "1"], ["ar", "0"]]
     first = load(f"{tmp_path / 'plan.toml'}:1")
     assert [job.name.split("/")[2:4] for job in runs(first, places)] == [["ar", "1"]]
+
+
+def test_whatever_runs_alone_waits_for_all_plans(places, tmp_path, capsys):
+    plan_of(tmp_path, PLAN.replace("[models.tiny]", "order = [{ seeds = [0] }, {}]\n[models.tiny]"))
+    plans = [f"{tmp_path / 'plan.toml'}:1", str(tmp_path / "plan.toml")]
+    assert main([*plans, "--data", str(places.data), "--work", str(places.work), "--list"]) == 0
+    listed = [line.split(": ")[1] if line.count(": ") > 1 else "" for line in capsys.readouterr().out.splitlines()]
+    assert listed == ["", "baselines", "", "widths", "", "", "alone"]
 
 
 def test_jobs_are_spread_over_the_gpus(places, tmp_path):
