@@ -78,14 +78,16 @@ def level_table(rows: Mapping[str, Mapping[str, Sequence[Result]]]) -> str:
 
 
 def time_lines(results: Sequence[Result], minutes: Minutes) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
-    """Data set → method of its first model → minutes of training and NDCG@10 at each validation, means of the seeds.
+    """Data set → method → minutes of training and NDCG@10 at each validation, means of the seeds.
 
-    Minutes are those of a whole GPU, or on a CPU of the clock, spread evenly over the epochs.
+    Of a data set's models the one with most rows. Minutes are those of a whole GPU, or on a CPU of the clock, spread
+    evenly over the epochs.
     """
     found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for dataset in dict.fromkeys(one.dataset for one in results):
         here = [one for one in results if one.dataset == dataset and one.config.get("validations")]
-        here = [one for one in here if one.model == here[0].model]
+        models = [one.model for one in here]
+        here = [one for one in here if one.model == max(dict.fromkeys(models), key=models.count)]
         for method in TRAINED:
             runs = [one for one in here if one.method == method]
             epochs = {tuple(epoch for epoch, _, _ in one.config["validations"]) for one in runs}
