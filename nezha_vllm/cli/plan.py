@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     traffic.add_argument("--check", action="store_true", help="the simulation beside the measured loads, and no plan")
     parser.add_argument("--markdown", action="store_true", help="with --check: tables for a document")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="measured rows (%(default)s)")
-    parser.add_argument("--model", default="llama-1b", help="as the rows name it (%(default)s)")
+    parser.add_argument("--model", help="as the rows name it (llama-1b; with --check all)")
     parser.add_argument(
         "--prompt-tokens", nargs="+", default=["128"], metavar="T", help="lengths, with shares: 128:0.8 512:0.2"
     )
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nezha_vllm.planning.fleet import make_plan
 
     if arguments.check:
-        _check(arguments.results, arguments.markdown, Console())
+        _check(arguments.results, arguments.model, arguments.markdown, Console())
         return 0
     _print(make_plan(arguments.results, _wanted(arguments)), Console())
     return 0
@@ -88,7 +88,7 @@ def _wanted(arguments: argparse.Namespace) -> Wanted:
         arguments.n,
         arguments.items,
         arguments.p99,
-        arguments.model,
+        arguments.model or "llama-1b",
         arguments.burst,
         arguments.spare,
         arguments.gpu_price,
@@ -129,13 +129,18 @@ def _print(plan: Plan, console: Console) -> None:
         print(f"* {assumption}")
 
 
-def _check(results: Path, markdown: bool, console: Console) -> None:
+def _check(results: Path, model: str | None, markdown: bool, console: Console) -> None:
     from nezha_vllm.planning.calibration import calibrate
     from nezha_vllm.planning.measurements import PlanError, newest, read_curves
 
     skipped = []
-    for curve in newest(read_curves(results)):
+    curves = newest(read_curves(results))
+    if model and model not in [curve.cell.model for curve in curves]:
+        raise PlanError(f"no rows of {model!r} in {results}; there are {sorted({curve.cell.model for curve in curves})}")
+    for curve in curves:
         cell = curve.cell
+        if model and cell.model != model:
+            continue
         title = f"{cell.model}, {cell.prompt_tokens} tokens, K = {cell.beam_width}, n = {cell.n}, {curve.commit}"
         try:
             fitted = calibrate(curve)
