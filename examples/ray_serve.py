@@ -47,9 +47,13 @@ class Nezha:
             request.url.path,
             params=str(request.query_params),
             data=await request.body(),
-            headers=others(request.headers),
+            headers=self.others(request.headers),
         ) as answer:
-            return Response(await answer.read(), answer.status, others(answer.headers))
+            return Response(await answer.read(), answer.status, self.others(answer.headers))
+
+    @staticmethod  # of the class, which Ray sends to its nodes; a function of this file would have to be there
+    def others(headers: Mapping[str, str]) -> dict[str, str]:
+        return {name: value for name, value in headers.items() if name.lower() not in OWN}
 
     def check_health(self) -> None:
         if self.server.process.poll() is not None:
@@ -57,10 +61,6 @@ class Nezha:
 
     def __del__(self) -> None:
         self.server.stop()
-
-
-def others(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in headers.items() if name.lower() not in OWN}
 
 
 app = Nezha.bind(os.environ.get("CHECKPOINT", "demo/checkpoint"), os.environ.get("ARGUMENTS", "").split())
