@@ -138,6 +138,7 @@ def test_a_copy_cut_short_is_refused(tmp_path, monkeypatch):
 
 
 def publish_on_and_on(store: Path, sources: list[Path]) -> None:
+    os.fsync = lambda descriptor: None  # quick_disk, in a process of its own
     for folder in itertools.cycle(sources):
         Store(store).publish(folder, max_lost=1, keep=1)
 
@@ -145,7 +146,8 @@ def publish_on_and_on(store: Path, sources: list[Path]) -> None:
 @pytest.mark.slow
 def test_publishers_killed_at_random_moments_leave_one_whole_version(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["numpy", "pytest", "nezha_vllm.store"])  # what this file imports
+    # what this file imports, and what PyArrow does: pandas takes a second
+    context.set_forkserver_preload(["numpy", "pandas", "pytest", "nezha_vllm.store"])
     sources = [source(tmp_path / f"s{count}", count) for count in range(10, 20)]
     store, rng, found, debris = tmp_path / "store", random.Random(0), set(), 0
     Store(store).publish(sources[0])
