@@ -108,6 +108,7 @@ def test_tensor_parallel_workers_answer_as_one(llm: LLM, checkpoint: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # six processes import vLLM
 def test_data_parallel_engines_answer_as_one_and_end_together(llm: LLM, checkpoint: Path, tmp_path: Path) -> None:
     prompts = [prompt_of(length, checkpoint) for length in LENGTHS] * 4
     expected = [of_output(output) for output in ask(llm, prompts)]
@@ -119,7 +120,7 @@ def check_two_engines(
 ) -> None:
     """Two engines behind one port: both work, answers are the expected ones, and the server ends when one is killed."""
     with serving(checkpoint, log, "--enforce-eager", "--data-parallel-size", "2", *more) as server:
-        server.wait_until_ready(timeout=280)
+        server.wait_until_ready(timeout=500)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=60, max_retries=0)
         model = client.models.list().data[0].id
 

@@ -55,6 +55,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, *machines: subproces
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_machines_answer_as_one_follow_the_store_and_end_together(
     llm: LLM, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -71,7 +72,7 @@ def test_two_machines_answer_as_one_follow_the_store_and_end_together(
         running("head.sh", [*arguments, "--api-server-count", "1"], logs[0], PORT=port, **both) as head,
         running("second.sh", arguments, logs[1], **both) as second,
     ):
-        wait_for(lambda: healthy(url), 280, head, second)
+        wait_for(lambda: healthy(url), 500, head, second)
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60, max_retries=0)
         model = client.models.list().data[0].id
 
