@@ -16,6 +16,9 @@ from benchmarks.reliability.questions import Questions
 from nezha_vllm.scrape import metrics_of
 
 PATIENCE = 120.0  # seconds; a request that takes longer counts as a hang
+CONNECTIONS = (
+    2000  # of a process; without a limit an open loop takes all ports of the machine when a server falls behind
+)
 FOR_VLLM = {"X-Session-ID": "vLLM's own handler answers"}  # and not the short way
 
 
@@ -75,7 +78,7 @@ class Clients:
 
     async def __aenter__(self) -> Clients:
         timeout = aiohttp.ClientTimeout(total=PATIENCE)
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONNECTIONS), timeout=timeout)
         return self
 
     async def __aexit__(self, *_: object) -> None:

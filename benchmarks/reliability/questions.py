@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -22,6 +22,10 @@ class Questions:
     """Prompts and the best items of each by catalogue version, with scores that may be off by ``tolerance``.
 
     More than ``n`` of them may be known: then what comes in where scores are nearly equal is checked as well.
+
+    Where scores are inexact, so is which prefix is the last of a beam, and an item may come or be lost with it. With a
+    ``margin`` above 1 the expected items are those of a beam so many times as wide, and only what one as many times
+    narrower finds must not be missing: ``sure``.
     """
 
     prompts: list[str]
@@ -29,6 +33,7 @@ class Questions:
     n: int
     tolerance: float = TOLERANCE
     beam_width: int | None = None
+    sure: Mapping[str, list[frozenset[str]]] | None = None
 
     @classmethod
     def of_model(
@@ -40,15 +45,20 @@ class Questions:
         *,
         depth: int | None = None,
         beam_width: int | None = None,
+        margin: int = 1,
         dtype: str = "float32",
         tolerance: float = TOLERANCE,
     ) -> Questions:
         """As transformers answers, in a process of its own that leaves no memory in use, on a GPU neither."""
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            fresh = [replace(catalogue) for catalogue in catalogues]  # an index cannot be sent to a process
-            asked = (checkpoint, fresh, histories, depth or n, beam_width, dtype)
-            expected = process.submit(rankings, *asked).result()
-        return cls([prompt(history) for history in histories], expected, n, tolerance, beam_width)
+
+        def ask(width: int | None) -> dict[str, list[Ranking]]:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                fresh = [replace(catalogue) for catalogue in catalogues]  # an index cannot be sent to a process
+                asked = (checkpoint, fresh, histories, depth or n, width, dtype)
+                return process.submit(rankings, *asked).result()
+
+        prompts = [prompt(history) for history in histories]
+        return cls._of(prompts, ask, n, tolerance, beam_width, margin)
 
     @classmethod
     def of_server(
@@ -59,22 +69,45 @@ class Questions:
         *,
         depth: int | None = None,
         beam_width: int | None = None,
+        margin: int = 1,
         tolerance: float = TOLERANCE,
     ) -> Questions:
         """As a server with one catalogue answers when it has nothing else to do."""
         prompts = [prompt(history) for history in histories]
-        deep = cls(prompts, {}, depth or n, tolerance, beam_width)
-        expected: dict[str, list[Ranking]] = {}
-        for which in range(len(prompts)):
-            request = urllib.request.Request(
-                f"{url}/v1/completions", deep.body(which), {"Content-Type": "application/json"}
-            )
-            with urllib.request.urlopen(request, timeout=60) as response:
-                version, ranking = _read(response.read())
-            expected.setdefault(version, []).append(ranking)
-        if len(expected) > 1:
-            raise RuntimeError(f"the server swaps its catalogue: {list(expected)}")
-        return cls(prompts, expected, n, tolerance, beam_width)
+
+        def ask(width: int | None) -> dict[str, list[Ranking]]:
+            deep = cls(prompts, {}, min(depth or n, width or depth or n), tolerance, width)
+            expected: dict[str, list[Ranking]] = {}
+            for which in range(len(prompts)):
+                request = urllib.request.Request(
+                    f"{url}/v1/completions", deep.body(which), {"Content-Type": "application/json"}
+                )
+                with urllib.request.urlopen(request, timeout=60) as response:
+                    version, ranking = _read(response.read())
+                expected.setdefault(version, []).append(ranking)
+            if len(expected) > 1:
+                raise RuntimeError(f"the server swaps its catalogue: {list(expected)}")
+            return expected
+
+        return cls._of(prompts, ask, n, tolerance, beam_width, margin)
+
+    @classmethod
+    def _of(
+        cls,
+        prompts: list[str],
+        ask: Callable[[int | None], dict[str, list[Ranking]]],
+        n: int,
+        tolerance: float,
+        beam_width: int | None,
+        margin: int,
+    ) -> Questions:
+        if margin == 1:
+            return cls(prompts, ask(beam_width), n, tolerance, beam_width)
+        if beam_width is None:
+            raise ValueError("a margin needs a beam width")
+        narrow = ask(max(n, beam_width // margin))
+        sure = {version: [frozenset(item for item, _ in one) for one in many] for version, many in narrow.items()}
+        return cls(prompts, ask(beam_width * margin), n, tolerance, beam_width, sure)
 
     def body(self, which: int, **fields: Any) -> bytes:
         if self.beam_width is not None:
@@ -89,7 +122,8 @@ class Questions:
             return "none", f"no answer but {content[:200]!r} ({error!r})"
         if version not in self.expected:
             return version, f"an answer of version {version}"
-        wrong = difference(found, self.expected[version][which], self.tolerance, self.n)
+        sure = self.sure[version][which] if self.sure else None
+        wrong = difference(found, self.expected[version][which], self.tolerance, self.n, sure)
         return version, None if wrong is None else f"version {version}, prompt {which}: {wrong}"
 
     def mistakable(self) -> str:

@@ -122,7 +122,9 @@ def _as_it_answers(arguments: argparse.Namespace, url: str, store: Store, folder
             time.sleep(0.2)
         time.sleep(2 * arguments.poll)  # all API processes
         parts.append(questions(arguments, url=url))
-    found = replace(parts[0], expected={version: part.expected[version] for part in parts for version in part.expected})
+    expected = {version: part.expected[version] for part in parts for version in part.expected}
+    sure = {version: part.sure[version] for part in parts if part.sure for version in part.sure}
+    found = replace(parts[0], expected=expected, sure=sure or None)
     assert len(found.expected) == len(folders), f"{len(folders)} catalogues answered as {list(found.expected)}"
     print(found.mistakable(), flush=True)
     return found

@@ -14,6 +14,7 @@ from nezha_vllm.server import Server, free_port
 
 # on scores; 1B of bfloat16 differ by up to 0.14 between one batch and another
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.25}
+MARGINS = {"float32": 1, "bfloat16": 4}
 
 
 @contextmanager
@@ -34,7 +35,8 @@ def questions(arguments: argparse.Namespace, catalogues: Sequence[Catalogue] = (
     own = Catalogue.load(arguments.model / "catalogue")
     histories = some_histories(own, arguments.histories)
     tolerance = TOLERANCES[arguments.dtype] if arguments.tolerance is None else arguments.tolerance
-    more = {"depth": arguments.depth, "beam_width": arguments.beam_width, "tolerance": tolerance}
+    margin = MARGINS[arguments.dtype] if arguments.margin is None else arguments.margin
+    more = {"depth": arguments.depth, "beam_width": arguments.beam_width, "tolerance": tolerance, "margin": margin}
     if url is not None:
         found = Questions.of_server(url, histories, arguments.n, **more)
     else:
@@ -63,6 +65,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     found.add_argument("--depth", type=int, help="expected items a prompt, where scores are inexact; default n")
     found.add_argument("--beam-width", type=int, metavar="K", help="default: the checkpoint's")
     found.add_argument("--dtype", choices=TOLERANCES, default="float32", help="of server and model (%(default)s)")
+    found.add_argument(
+        "--margin",
+        type=int,
+        metavar="M",
+        help="what a beam M times as wide finds may come, what one M times narrower finds must; "
+        + ", ".join(f"{margin} in {dtype}" for dtype, margin in MARGINS.items()),
+    )
     tolerances = ", ".join(f"{tolerance:g} in {dtype}" for dtype, tolerance in TOLERANCES.items())
     found.add_argument("--tolerance", type=float, help=f"on scores; default {tolerances}")
     return found

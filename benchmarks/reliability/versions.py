@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -70,11 +70,20 @@ def rankings(
     return {catalogue.version: list(answers(catalogue)) for catalogue in catalogues}
 
 
-def difference(found: Ranking, expected: Ranking, tolerance: float = TOLERANCE, n: int | None = None) -> str | None:
+def difference(
+    found: Ranking,
+    expected: Ranking,
+    tolerance: float = TOLERANCE,
+    n: int | None = None,
+    sure: Collection[str] | None = None,
+) -> str | None:
     """What is wrong with an answer of ``n`` items, by default as many as expected.
 
     Items whose scores are as good as equal may change places. That goes for the last place too, so that with a large
     tolerance only more expected items than ``n`` say which ones may come in.
+
+    Args:
+        sure: expected items that no other rounding can lose; without it all of them are.
     """
     n = min(len(expected), n or len(expected))
     if len(found) != n:
@@ -89,6 +98,6 @@ def difference(found: Ranking, expected: Ranking, tolerance: float = TOLERANCE, 
         if abs(score - known.get(item, score)) > tolerance:
             return f"rank {rank}: {item} with {score} instead of {known[item]}"
     for item, score in expected:
-        if item not in names and score > scores[-1] + tolerance:
+        if item not in names and score > scores[-1] + tolerance and (sure is None or item in sure):
             return f"{item} with {score} is missing"
     return None

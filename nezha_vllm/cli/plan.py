@@ -136,7 +136,9 @@ def _check(results: Path, model: str | None, markdown: bool, console: Console) -
     skipped = []
     curves = newest(read_curves(results))
     if model and model not in [curve.cell.model for curve in curves]:
-        raise PlanError(f"no rows of {model!r} in {results}; there are {sorted({curve.cell.model for curve in curves})}")
+        raise PlanError(
+            f"no rows of {model!r} in {results}; there are {sorted({curve.cell.model for curve in curves})}"
+        )
     for curve in curves:
         cell = curve.cell
         if model and cell.model != model:
@@ -148,11 +150,11 @@ def _check(results: Path, model: str | None, markdown: bool, console: Console) -
             skipped.append(title)
             continue
         _print_table(title, _compared(curve, fitted), markdown, console)
-        for kind, model in (("", fitted.plain), ("~ ", fitted.streamed)):
-            if model is not None:
+        for kind, times in (("", fitted.plain), ("~ ", fitted.streamed)):
+            if times is not None:
                 print(
-                    f"{kind}a step {model.step_ms:.2f} ms and {model.request_ms:.2f} a request, API process "
-                    f"{model.api_ms:.2f} a request and {model.pause_ms:.0f} a second, rest {model.rest_ms:.2f}"
+                    f"{kind}a step {times.step_ms:.2f} ms and {times.request_ms:.2f} a request, API process "
+                    f"{times.api_ms:.2f} a request and {times.pause_ms:.0f} a second, rest {times.rest_ms:.2f}"
                 )
         print()
     for title in skipped:

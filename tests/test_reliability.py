@@ -1,0 +1,73 @@
+"""What the scripts of docs/reliability.md take for a wrong answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+from benchmarks.reliability.questions import Questions
+from benchmarks.reliability.versions import difference
+
+EXPECTED = [("a", -1.0), ("b", -2.0), ("c", -3.0)]
+
+
+@pytest.mark.parametrize(
+    ("found", "sure", "wrong"),
+    [
+        ([("a", -1.0), ("b", -2.0)], None, None),
+        ([("a", -1.1), ("b", -1.9)], None, None),
+        ([("b", -2.0), ("c", -3.0)], None, "a with -1.0 is missing"),
+        ([("b", -2.0), ("c", -3.0)], {"b"}, None),
+        ([("b", -2.0), ("c", -3.0)], {"a", "b"}, "a with -1.0 is missing"),
+        ([("x", -0.5), ("a", -1.0)], {"a"}, "rank 0: x, which is not among the 3 best"),
+        ([("a", -1.0), ("x", -3.1)], {"a"}, None),
+        ([("a", -1.5), ("b", -2.0)], {"a"}, "rank 0: a with -1.5 instead of -1.0"),
+        ([("a", -1.0)], None, "1 items instead of 2"),
+    ],
+)
+def test_an_answer_may_differ_by_rounding_alone(found, sure, wrong):
+    assert difference(found, EXPECTED, 0.2, 2, sure) == wrong
+
+
+@contextmanager
+def answering() -> Iterator[str]:
+    """A server whose beam of K finds the items 0 … K - 1, of which the first are the best."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            found = range(min(asked["n"], asked["vllm_xargs"]["beam_width"]))
+            choices = [{"catalogue_version": "v", "text": str(item), "score": -1.0 * item} for item in found]
+            content = json.dumps({"choices": choices}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *values: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+
+
+def test_with_a_margin_a_wider_beam_says_what_may_come_and_a_narrower_one_what_must():
+    with answering() as url:
+        asked = Questions.of_server(url, [["i"]], 2, depth=50, beam_width=8, margin=4, tolerance=0.1)
+    assert [item for item, _ in asked.expected["v"][0]] == [str(item) for item in range(32)]
+    assert asked.sure == {"v": [{"0", "1"}]}
+    assert asked.beam_width == 8 and asked.n == 2
+
+
+def test_a_margin_needs_a_beam_width():
+    with pytest.raises(ValueError, match="beam width"):
+        Questions.of_server("http://127.0.0.1:1", [["i"]], 2, margin=4)
