@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,14 +21,19 @@ def results(folder: Path, name: str, gpu: str = "", vllm: str = "") -> list[Row]
 
 
 def one_machine(rows: Sequence[Row], gpu: str = "", vllm: str = "") -> list[Row]:
-    """Rows of one GPU name and vLLM version: those asked for, else of the highest version and there of the newest row.
+    """Rows of one GPU name and vLLM version: those asked for, else of the highest version and there of most rows, or the newest.
 
     Rows without a GPU come last. ``gpu`` and ``vllm`` need only be the beginning of the names.
     """
     rows = [row for row in rows if row.gpu.startswith(gpu) and row.vllm.startswith(vllm)]
     if not rows:
         return []
-    last = max(rows, key=lambda row: (not row.gpu.startswith("none"), _release(row.vllm), row.date))
+    count = Counter((row.gpu, row.vllm) for row in rows)
+
+    def rank(row: Row) -> tuple[object, ...]:
+        return not row.gpu.startswith("none"), _release(row.vllm), count[row.gpu, row.vllm], row.date
+
+    last = max(rows, key=rank)
     return [row for row in rows if (row.gpu, row.vllm) == (last.gpu, last.vllm)]
 
 

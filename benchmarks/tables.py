@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--documents", nargs="*", type=Path, default=[ROOT / name for name in DOCUMENTS])
     parser.add_argument("--images", type=Path, default=IMAGES, metavar="DIR")
-    parser.add_argument("--gpu", default="", help="beginning of a GPU's name (default: the newest rows')")
+    parser.add_argument("--gpu", default="", help="beginning of a GPU's name (default: that of most rows)")
     parser.add_argument("--vllm", default="", help="beginning of a version (default: the highest)")
     parser.add_argument("--show", action="store_true", help="print the tables, write nothing")
     arguments = parser.parse_args(argv)
