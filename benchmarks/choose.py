@@ -21,7 +21,7 @@ def results(folder: Path, name: str, gpu: str = "", vllm: str = "") -> list[Row]
 
 
 def one_machine(rows: Sequence[Row], gpu: str = "", vllm: str = "") -> list[Row]:
-    """Rows of one GPU name and vLLM version: those asked for, else of the highest version and there of most rows, or the newest.
+    """Rows of one GPU name and vLLM version: those asked for, else of the highest version and there of most rows.
 
     Rows without a GPU come last. ``gpu`` and ``vllm`` need only be the beginning of the names.
     """
