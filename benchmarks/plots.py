@@ -72,10 +72,13 @@ def save(figure: Any, path: Path) -> Path:
 
 
 def draw_latency(rows: Sequence[Row]) -> Any:
-    """p50 over beam width as lines, up to p99 as bars; a panel a prompt size, of the model with most rows."""
+    """p50 over beam width as lines, up to p99 as bars; a panel a prompt size, of the model with most rows.
+
+    Rows called watched have no bars: their p99 is that of ``nvidia-smi``.
+    """
     rows = most_measured([row for row in rows if row.transport == "http" and row.p50_ms is not None])
     rows = [row for row in rows if row.load != "batch"]
-    prompts = by(rows, "prompt_tokens")
+    prompts, watched = by(rows, "prompt_tokens"), any("watched" in row.model for row in rows)
     if not prompts:
         return None
     figure, axes = plt.subplots(1, len(prompts), figsize=(2.4 + 4.2 * len(prompts), 4.2), sharey=True, squeeze=False)
@@ -89,11 +92,11 @@ def draw_latency(rows: Sequence[Row]) -> Any:
             chosen = [max(cell, key=lambda row: row.n or 0) for _, cell in points]
             widths, middles = [row.beam_width or 0 for row in chosen], [row.p50_ms or 0 for row in chosen]
             above = [max(0.0, (row.p99_ms or 0) - (row.p50_ms or 0)) for row in chosen]
-            bars = [[0] * len(above), above]
+            bars = None if watched else [[0] * len(above), above]
             axis.errorbar(widths, middles, yerr=bars, color=colour, marker=marker, capsize=3, label=NAMES[system])
         logarithmic(axis, x=sorted({row.beam_width or 0 for row in found if row.system != "vllm-one-token"}))
         axis.set(title=f"{prompt:,} prompt tokens", xlabel="beam width K")
-    axes[0][0].set_ylabel("milliseconds, p50 and up to p99")
+    axes[0][0].set_ylabel("milliseconds, p50" if watched else "milliseconds, p50 and up to p99")
     legend(figure, axes[0])
     return captioned(figure, rows, f"{rows[0].model}: latency over HTTP, one request at a time")
 
