@@ -38,7 +38,7 @@ setup(
         "plan": ["scipy>=1.11", "simpy>=4"],
         "bench": ["aiohttp", "matplotlib>=3.8", "pandas>=2"],
         "dev": [
-            *("hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"),
+            *("hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.8", "ruff>=0.6"),
             "schemathesis==4.32.5",  # requests by the server's own OpenAPI description
             *("promql-parser>=0.11", "pyyaml"),  # tests of examples/monitoring
             *("matplotlib>=3.8", "pandas>=2"),  # tests of benchmarks/

@@ -105,7 +105,7 @@ def spent(rows: Sequence[Result], minutes: Minutes) -> str:
 
 
 def sections(arguments: argparse.Namespace) -> tuple[dict[str, str], list[Path]]:
-    """Every table that has rows, by the name of its mark; draws the pictures."""
+    """Every table, by the name of its mark; draws the pictures, and removes those that have no rows now."""
     from benchmarks.quality_plots import draw_all
 
     rows, only = read_all(arguments.results), planned(arguments.plans) if arguments.plans else None
@@ -138,7 +138,11 @@ def sections(arguments: argparse.Namespace) -> tuple[dict[str, str], list[Path]]
         "quality-latency": section("latency", quality_curves.latency_table(timed), timed),
         "quality-search": quality_curves.search_table(read(arguments.results, "valid")),
     }
-    return {name: text for name, text in tables.items() if text}, pictures
+    for name in PICTURES:
+        path = images / f"quality-{name}.svg"
+        if path not in pictures:
+            path.unlink(missing_ok=True)
+    return {name: text or "No rows yet." for name, text in tables.items()}, pictures
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -69,7 +69,6 @@ def collector() -> Iterator[Collector]:
 def guarded(checkpoint: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("guarded") / "log.txt"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no process more for the worker
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # milliseconds between two exports, 5,000 by default
         with serving(checkpoint, log, "--api-key", KEY, "--otlp-traces-endpoint", collector.url) as running:
             running.wait_until_ready(timeout=240)

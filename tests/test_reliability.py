@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
 
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 from benchmarks.reliability.questions import Questions
 from benchmarks.reliability.versions import difference
 
@@ -71,3 +75,32 @@ def test_with_a_margin_a_wider_beam_says_what_may_come_and_a_narrower_one_what_m
 def test_a_margin_needs_a_beam_width():
     with pytest.raises(ValueError, match="beam width"):
         Questions.of_server("http://127.0.0.1:1", [["i"]], 2, margin=4)
+
+
+@pytest.mark.parametrize("margin", [1, 4])
+def test_no_reference_is_asked_for_more_items_than_its_beam_finds(margin, monkeypatch):
+    asked = []
+
+    def rankings(checkpoint, catalogues, histories, n, width, dtype):
+        asked.append((n, width))
+        return {"v": [[("a", -1.0)] * n]}
+
+    class Here:
+        """A pool that runs what it gets at once."""
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def submit(self, function, *values):
+            done = Future()
+            done.set_result(function(*values))
+            return done
+
+    monkeypatch.setattr("benchmarks.reliability.questions.rankings", rankings)
+    monkeypatch.setattr("benchmarks.reliability.questions.ProcessPoolExecutor", Here)
+    Questions.of_model(Path("m"), [], [["i"]], 10, depth=50, beam_width=128, margin=margin)
+    assert asked == {1: [(50, 128)], 4: [(32, 32), (50, 512)]}[margin]

@@ -16,9 +16,7 @@ from benchmarks.reliability.questions import Questions
 from nezha_vllm.scrape import metrics_of
 
 PATIENCE = 120.0  # seconds; a request that takes longer counts as a hang
-CONNECTIONS = (
-    2000  # of a process; without a limit an open loop takes all ports of the machine when a server falls behind
-)
+CONNECTIONS = 1000  # a process; without a limit a server that falls behind would take all ports of the machine
 FOR_VLLM = {"X-Session-ID": "vLLM's own handler answers"}  # and not the short way
 
 

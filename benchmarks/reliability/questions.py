@@ -54,7 +54,7 @@ class Questions:
         def ask(width: int | None) -> dict[str, list[Ranking]]:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                 fresh = [replace(catalogue) for catalogue in catalogues]  # an index cannot be sent to a process
-                asked = (checkpoint, fresh, histories, depth or n, width, dtype)
+                asked = (checkpoint, fresh, histories, _most(depth or n, width), width, dtype)
                 return process.submit(rankings, *asked).result()
 
         prompts = [prompt(history) for history in histories]
@@ -76,7 +76,7 @@ class Questions:
         prompts = [prompt(history) for history in histories]
 
         def ask(width: int | None) -> dict[str, list[Ranking]]:
-            deep = cls(prompts, {}, min(depth or n, width or depth or n), tolerance, width)
+            deep = cls(prompts, {}, _most(depth or n, width), tolerance, width)
             expected: dict[str, list[Ranking]] = {}
             for which in range(len(prompts)):
                 request = urllib.request.Request(
@@ -136,6 +136,11 @@ class Questions:
             if index != place
         )
         return f"{passing} of {len(known) * (len(known) - 1):,} pairs of different answers pass for each other"
+
+
+def _most(depth: int, width: int | None) -> int:
+    """A beam finds no more than it is wide."""
+    return depth if width is None else min(depth, width)
 
 
 def some_histories(catalogue: Catalogue, count: int) -> list[list[str]]:

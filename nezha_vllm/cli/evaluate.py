@@ -68,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.clients < 1:
         raise ValueError(f"--clients must be at least 1, got {arguments.clients}")
+    if arguments.alone < 0:
+        raise ValueError(f"--alone is a number of users, got {arguments.alone}")
     folder, progress = Path(arguments.checkpoint), Console(stderr=True)
     for checkpoint in (folder, *arguments.against):
         check_checkpoint(checkpoint)

@@ -83,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
         components=arguments.components,
         seed=arguments.seed,
     )
+    if arguments.index and arguments.extra_level:
+        raise ValueError("--extra-level is for IDs made here; IDs of an index file stay as they are")
     dataset = Dataset.load(arguments.dataset)
     if arguments.index:
         built = build.imported(dataset, sizes if arguments.codes else None, arguments.index, arguments.index_offset)

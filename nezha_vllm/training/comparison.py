@@ -152,7 +152,7 @@ def compare(
         if alone:
             first = [*histories[:WARM_UP], *histories[:alone]]
             found = ranked(asked.model, asked.catalogue, first, **(ask | {"track": iter, "batch_size": 1}))
-            latency[name] = percentiles(found.milliseconds[WARM_UP:]) | {"clients": 1}
+            latency[name] = percentiles(found.milliseconds[len(histories[:WARM_UP]) :]) | {"clients": 1}
 
     def baseline(name: str) -> list[list[str]]:
         if name == "sasrec":
