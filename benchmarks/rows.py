@@ -26,8 +26,9 @@ class Row:
     Of a ``part`` of a request, a kernel say, ``us`` is the median time with warm caches, ``cold_us`` with an L2 that
     holds something else, ``floor_us`` what its bytes and operations take at the two ceilings.
     ``engine_cores`` and ``api_cores`` are the cores that the busiest process of the kind used under that load,
-    ``gpu_busy`` is the share of the time in which the busiest GPU ran something, and ``stolen`` the share of the time
-    in which cores had work that a hypervisor gave to others: a tail with it is not the server's.
+    ``gpu_busy`` is the share of the time in which the busiest GPU ran something while the load warmed up (up to commit
+    20a47b5c, while it was measured), and ``stolen`` the share of the time in which cores had work that a hypervisor
+    gave to others: a tail with it is not the server's.
     """
 
     # where and when; `machine.describe` fills them

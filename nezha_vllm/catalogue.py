@@ -145,6 +145,10 @@ class Catalogue:
             shared_ids,
         )
 
+    def policy(self, default: str) -> str:
+        """How items of one semantic ID come out; ``default`` is the server's or checkpoint's setting."""
+        return self.shared_ids or default
+
     @property
     def num_items(self) -> int:
         return self.items.num_rows

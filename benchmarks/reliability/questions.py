@@ -103,8 +103,8 @@ class Questions:
     ) -> Questions:
         if margin == 1:
             return cls(prompts, ask(beam_width), n, tolerance, beam_width)
-        if beam_width is None:
-            raise ValueError("a margin needs a beam width")
+        if margin < 1 or beam_width is None:
+            raise ValueError(f"a margin of {margin}: it is 1 or more, and needs a beam width (--margin, --beam-width)")
         narrow = ask(max(n, beam_width // margin))
         sure = {version: [frozenset(item for item, _ in one) for one in many] for version, many in narrow.items()}
         return cls(prompts, ask(beam_width * margin), n, tolerance, beam_width, sure)

@@ -135,14 +135,12 @@ def _check(results: Path, model: str | None, markdown: bool, console: Console) -
 
     skipped = []
     curves = newest(read_curves(results))
-    if model and model not in [curve.cell.model for curve in curves]:
-        raise PlanError(
-            f"no rows of {model!r} in {results}; there are {sorted({curve.cell.model for curve in curves})}"
-        )
-    for curve in curves:
+    chosen = [curve for curve in curves if model in (None, curve.cell.model)]
+    if not chosen:
+        known = "; ".join(sorted({curve.cell.model for curve in curves}))
+        raise PlanError(f"no load curve of {model!r} in {results}, which has those of {known or 'none'}")
+    for curve in chosen:
         cell = curve.cell
-        if model and cell.model != model:
-            continue
         title = f"{cell.model}, {cell.prompt_tokens} tokens, K = {cell.beam_width}, n = {cell.n}, {curve.commit}"
         try:
             fitted = calibrate(curve)

@@ -59,7 +59,7 @@ class Answer:
 def rank(plan: Plan, ids: RankedIds) -> Answer:
     """The n best items of the ranked semantic IDs."""
     catalogue = plan.service.catalogue
-    rules, policy = plan.rules, catalogue.shared_ids or plan.service.settings.shared_ids
+    rules, policy = plan.rules, catalogue.policy(plan.service.settings.shared_ids)
     index, log_probs_of = ids.index, ids.log_probs
     if rules.min_score is not None:
         high = log_probs_of.sum(1, dtype=np.float64) >= rules.min_score

@@ -73,7 +73,7 @@ def recommend(
     beams = search(
         model, histories, catalogue=catalogue, beam_width=width, validity=validity, prefix=prefix, kernels=kernels
     )
-    policy = catalogue.shared_ids or model.config.shared_ids
+    policy = catalogue.policy(model.config.shared_ids)
     return [_items(beams, row, n, catalogue, policy) for row in range(len(histories))]
 
 

@@ -81,7 +81,7 @@ def tokenize(
     if add_level:
         codes = extra_level(codes, np.array(_weights(dataset)))
         sizes += [int(codes[:, -1].max()) + 1] if codes.shape[1] > len(sizes) else []
-        SemanticIdCodec(sizes)
+        SemanticIdCodec(sizes)  # refuses a product that is too large
     provenance = {
         "dataset": dataset.name,
         "features": described,

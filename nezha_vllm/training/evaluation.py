@@ -83,7 +83,7 @@ def ranked(
         began = time.perf_counter()
         batch = [items[-max_history:] for items in histories[start : start + batch_size]]
         beams = find(*pad_left(history_prompts(model.config, catalogue, batch, prefix), model.device))
-        found += item_ids(beams, n, catalogue, catalogue.shared_ids or model.config.shared_ids)
+        found += item_ids(beams, n, catalogue, catalogue.policy(model.config.shared_ids))
         milliseconds.append(1000 * (time.perf_counter() - began))  # items have come from the GPU, so it has finished
         drafted += int(beams.drafted_N.sum())
         valid += int(beams.valid_N.sum())
@@ -147,9 +147,8 @@ class HeldOut:
     def ranks(self, model: NezhaModel, beam_width: int) -> np.ndarray:
         """Ranks of the targets, from 0; ``metrics.UNRANKED`` beyond the beam or the largest cut-off."""
         shared = len(self.catalogue.keys) < self.catalogue.num_items
-        if (
-            shared and (self.catalogue.shared_ids or model.config.shared_ids) != "expand"
-        ):  # a rank hangs on all that the beams hold
+        policy = self.catalogue.policy(model.config.shared_ids)
+        if shared and policy != "expand":  # a rank hangs on all that the beams hold
             found = ranked(model, self.catalogue, self.histories, beam_width=beam_width, **self.ask)
             return ranks_of(self.targets, found.items)
         model.eval()
