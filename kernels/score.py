@@ -11,14 +11,15 @@ def score_children(
     logits, bias, scores, prefixes, lows, highs, asked, positions, counts, catalogues,
     log_probs, maxima, group_maxima,
     num_requests, logit_stride, bias_stride, size, suffix, groups, words, level,
-    K: tl.constexpr, ROOT: tl.constexpr, IN_TABLE: tl.constexpr,
+    K: tl.constexpr, ROOT: tl.constexpr, IN_TABLE: tl.constexpr, OVER_CATALOGUE: tl.constexpr,
     BLOCK: tl.constexpr, FAN: tl.constexpr,
 ):  # fmt: skip
     """One program a beam, [N · K] of them; those beyond a request's beams do nothing. With ROOT, one a request.
 
     logits float32 [N · K, logit_stride], or [N, …] with ROOT; bias float32 [N, bias_stride] is added, except with ROOT.
     log_probs float32 [N · K, groups · FAN²], which may be ``logits`` itself: log p of each code, minus infinity for
-    those that may not be taken. maxima float32 [N · K, groups · FAN] and group_maxima [N · K, groups]: the best score,
+    those that may not be taken. OVER_CATALOGUE: a stepwise request's p is over the codes that lead to a key, whatever
+    its rule. maxima float32 [N · K, groups · FAN] and group_maxima [N · K, groups]: the best score,
     beam and code together, of each FAN and each FAN² codes.
     """
     if ROOT:
@@ -46,10 +47,12 @@ def score_children(
                 low, high = tl.load(lows + row), tl.load(highs + row)
             inside = tl.minimum(codes, size - 1)
             rule, begin, end, ranks_at = rule_of(asked, num_requests, request)
-            valid = has_child(
+            known, valid = has_child(
                 keys, table, prefix, low, high, inside, size, suffix, rule, positions, begin, end, ranks, ranks_at,
                 IN_TABLE,
             )  # fmt: skip
+            if OVER_CATALOGUE:
+                logit = tl.where(known & exists, logit, float("-inf"))
         shifted = logit - tl.max(logit, 0)
         log_p = shifted - tl.log(tl.sum(tl.exp(shifted), 0))
         # + 0.0 makes a zero positive; whatever is no number is no candidate

@@ -69,7 +69,7 @@ def has_child(
     keys, table, prefix, low, high, codes, size, suffix, rule, positions, begin, end, ranks, ranks_at,
     IN_TABLE: tl.constexpr,
 ):  # fmt: skip
-    """Whether each of a prefix's ``codes`` leads to a key that the request's rule allows.
+    """Whether each of a prefix's ``codes`` leads to a key, and to one that the request's rule allows.
 
     ``prefix`` (int64 scalar) covers keys[low:high]; ``size`` is T of the level, ``suffix`` the keys below one child.
     With ``IN_TABLE``, table[p] is the lower bound of child prefix p of this level.
@@ -85,7 +85,7 @@ def has_child(
         behind = first + one.to(tl.int32)
         if rule != 0:
             behind = lower_bound(keys, first, high + tl.zeros_like(codes), (child + 1) * suffix)
-    return any_eligible(first, behind, rule, positions, begin, end, ranks, ranks_at)
+    return first < behind, any_eligible(first, behind, rule, positions, begin, end, ranks, ranks_at)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from transformers import AutoConfig, LlamaConfig, Qwen3Config
 from nezha_vllm.semantic_id import SHARED_ID_POLICIES, SemanticIdCodec
 
 VALIDITY_MODES = ("stepwise", "final")
+SOFTMAX_OVER = ("codes", "catalogue")
 AUTOREGRESSIVE = "ar"  # the language model: no draft head, a forward pass a code
 METHODS = ("nezha", "nezha-1", "nezha-2", "nezha-3", "mtp", AUTOREGRESSIVE)
 MAX_LEVELS = 8
@@ -28,6 +29,8 @@ class NezhaFields:
         beam_width: K of a request that names none.
         max_beam_width: largest K that a request may ask for, 4,096 at most.
         validity: default validity mode, ``stepwise`` or ``final``.
+        softmax: over what a level's probabilities sum to one: ``codes``, all of the level as in the paper, or
+            ``catalogue``, those that continue the prefix to an item.
         shared_ids: how items that share a semantic ID come out, see ``sharing.ranked_rows``.
         catalogue: folder of the catalogue, relative to the checkpoint.
         method: ``nezha``, or one that it is compared with, see ``ablations`` and ``hf.language_model``, which are not
@@ -40,6 +43,7 @@ class NezhaFields:
     beam_width: int = 50
     max_beam_width: int = 512
     validity: str = "stepwise"
+    softmax: str = "codes"
     shared_ids: str = "expand"
     catalogue: str = "catalogue"
     method: str = "nezha"
@@ -96,6 +100,8 @@ class NezhaFields:
             raise ValueError(f"config.json: method is {self.method!r}, must be one of {METHODS}")
         if self.validity not in VALIDITY_MODES:
             raise ValueError(f"config.json: validity is {self.validity!r}, must be one of {VALIDITY_MODES}")
+        if self.softmax not in SOFTMAX_OVER:
+            raise ValueError(f"config.json: softmax is {self.softmax!r}, must be one of {SOFTMAX_OVER}")
         if self.shared_ids not in SHARED_ID_POLICIES:
             raise ValueError(f"config.json: shared_ids is {self.shared_ids!r}, must be one of {SHARED_ID_POLICIES}")
         if not 1 <= self.beam_width <= self.max_beam_width <= MAX_BEAM_WIDTH:

@@ -20,8 +20,11 @@ from nezha_vllm.semantic_id import SemanticIdCodec
 class DraftHead(nn.Module):
     """z_l = W_l (s_l + h_l);  s_1 = h_0;  s_{l+1} = tanh(W_ih E_l[t_l] + b_ih + W_hh s_l + b_hh).
 
-    The last level has no embedding and no cell: nothing follows it.
+    The last level has no embedding and no cell: nothing follows it. With ``over_catalogue`` a stepwise search, and the
+    training for it, normalise p_l over the codes that continue the prefix to an item (see `among`).
     """
+
+    over_catalogue = False
 
     def __init__(self, hidden_size: int, codebook_sizes: Sequence[int], dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -74,6 +77,26 @@ class DraftHead(nn.Module):
             if level + 1 < self.num_levels:
                 state = self.next_state(level, state, codes_NL[:, level])
         return outputs
+
+
+def among(log_p: Tensor, allowed: Tensor) -> Tensor:
+    """Log-probabilities [..., T] → those over the ``allowed`` codes alone, minus infinity for the others.
+
+    So the probabilities of all items sum to one, and nothing has to be learnt of which codes follow which: where one
+    item is left, p is 1.
+    """
+    return log_p.masked_fill(~allowed, -torch.inf).log_softmax(-1)
+
+
+def among_items(log_probs: Sequence[Tensor], codes_VL: Tensor, keys_M: Tensor) -> list[Tensor]:
+    """`among` of the log-probabilities of each level, per level [V, T_l], behind the items with these codes."""
+    codec = SemanticIdCodec([log_p_VT.shape[1] for log_p_VT in log_probs])
+    prefix_V, found = torch.zeros_like(codes_VL[:, 0]), []
+    for level, (size, suffix) in enumerate(zip(codec.codebook_sizes, codec.suffix_sizes, strict=True)):
+        child_VT = prefix_V[:, None] * size + torch.arange(size, device=prefix_V.device)
+        found.append(among(log_probs[level], has_key(keys_M, child_VT * suffix, suffix)))
+        prefix_V = prefix_V * size + codes_VL[:, level]
+    return found
 
 
 @dataclass
@@ -165,8 +188,10 @@ def reference_beam_search(
     for level, (size, suffix) in enumerate(zip(codec.codebook_sizes, codec.suffix_sizes, strict=True)):
         log_p_NBT = head.log_probs(level, state_NBH, hidden_NSH[:, level + 1, None])
         child_NBT = prefix_NB[..., None] * size + torch.arange(size, device=device)
-        total_NBT = score_NB[..., None] + log_p_NBT
         allowed = ~stepwise_N[:, None, None] | has_key(keys_M, child_NBT * suffix, suffix)
+        if head.over_catalogue:
+            log_p_NBT = among(log_p_NBT, allowed)
+        total_NBT = score_NB[..., None] + log_p_NBT
         for request, rule in enumerate(eligible or ()):
             if rule is not None and stepwise_N[request]:
                 low = torch.searchsorted(keys_M, child_NBT[request] * suffix)

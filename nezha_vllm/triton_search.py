@@ -66,6 +66,7 @@ class Plan:
             (drive.float() + cell.bias_hh.float()).to(self.weights.dtype)
             for drive, cell in zip(head.code_drives(), head.cells, strict=True)
         ]
+        self.over_catalogue = head.over_catalogue
         self.precision = "ieee" if self.weights.dtype == torch.float32 else "tf32"
         self._lay_out()
         self.alone = torch.tensor([self.entry()], device=self.weights.device)
@@ -295,6 +296,7 @@ class Plan:
             K=width,
             ROOT=root,
             IN_TABLE=level.table is not None,
+            OVER_CATALOGUE=self.over_catalogue,
             BLOCK=block,
             FAN=fan,
             num_warps=min(8, max(1, block // 256)),

@@ -15,6 +15,7 @@ SUMMARY = "train a checkpoint from a data set and a catalogue"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from nezha_vllm.config import SOFTMAX_OVER
     from nezha_vllm.training.options import TrainingOptions
 
     default = TrainingOptions()
@@ -57,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tie-codes", choices=("in", "out", "both"), help="what the head reads, predicts or both are the embeddings"
     )
+    parser.add_argument(
+        "--softmax",
+        choices=SOFTMAX_OVER,
+        help="over what a level's probabilities sum to one: those of its codes that lead to an item (catalogue, the "
+        "default) or all (codes, as in the paper); a checkpoint that is trained on keeps its own",
+    )
     option("--patience", int, "patience", "stop after so many validations without a better one; 0: never")
     option(
         "--validate-every", int, "validate_every", "epochs from one validation, and point to go on from, to the next"
@@ -84,7 +91,7 @@ def _weights(text: str) -> tuple[float, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from dataclasses import fields
+    from dataclasses import fields, replace
     from pathlib import Path
 
     from nezha_vllm.data.dataset import Dataset
@@ -112,7 +119,10 @@ def run(arguments: argparse.Namespace) -> int:
     logging.disable_progress_bar()  # of loading weights; the training bar stays
     console = Console(stderr=True, soft_wrap=True)
     catalogue = Catalogue.load(arguments.catalogue)
-    model, tokenizer, dtype = starting_model(arguments.backbone, catalogue, arguments, options.seed, arguments.method)
+    model, tokenizer, dtype = starting_model(
+        arguments.backbone, catalogue, arguments, options.seed, arguments.method, arguments.softmax
+    )
+    options = replace(options, softmax=model.config.softmax)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
         f"{dataset.name}: {dataset.counts}; {parameters:,} parameters in {model.config.num_hidden_layers} layers of "

@@ -23,6 +23,7 @@ class _WithDraftHead(nn.Module):
         # on a GPU the backbone's dtype, with float32 sums; on a CPU float32, which costs little there
         dtype = vllm_config.model_config.dtype if current_platform.is_cuda_alike() else torch.float32
         self.draft_head = DraftHead(config.hidden_size, config.codebook_sizes, dtype=dtype)
+        self.draft_head.over_catalogue = config.softmax == "catalogue"
         self.draft_head.requires_grad_(False)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from nezha_vllm.draft_head import Beams, finish, gather_beams, has_key, select
+from nezha_vllm.draft_head import Beams, among, finish, gather_beams, has_key, select
 
 if TYPE_CHECKING:
     from nezha_vllm.hf.modeling import NezhaLlamaForCausalLM, NezhaQwen3ForCausalLM
@@ -28,7 +28,7 @@ def language_model_beam_search(
     """The best semantic IDs behind prompts [N, Q], padded on the left, by the sum of their tokens' log-probabilities.
 
     Log-probabilities are those of the whole vocabulary V in both modes, as in transformers' ``generate`` with and
-    without ``prefix_allowed_tokens_fn``. ``stepwise`` masks every step by the catalogue's prefixes; else every token
+    without ``prefix_allowed_tokens_fn``, unless the softmax is over the catalogue. ``stepwise`` masks every step by the catalogue's prefixes; else every token
     competes at every step, L steps are taken, and beams that are no item are lost.
     """
     step = max(1, MAX_SCORES // (width * model.config.vocab_size))
@@ -72,9 +72,12 @@ def _search(
         child_NBC = key_NB[..., None] * size + code_C
         strays = ((code_C < 0) | (code_C >= size)) | (key_NB[..., None] == NO_KEY)
         child_NBC = child_NBC.masked_fill(strays, NO_KEY)
+        allowed_NBC = has_key(keys_M, child_NBC * suffix, suffix) if stepwise else None
+        if stepwise and config.softmax == "catalogue":
+            log_p_NBC = among(log_p_NBC, allowed_NBC)
         total_NBC = score_NB[..., None] + log_p_NBC
         if stepwise:
-            total_NBC = total_NBC.masked_fill(~has_key(keys_M, child_NBC * suffix, suffix), -torch.inf)
+            total_NBC = total_NBC.masked_fill(~allowed_NBC, -torch.inf)
         chosen_NK, alive_NK = select(total_NBC.flatten(1), widths_N)
         parent_NK, candidate_NK = chosen_NK // candidates, chosen_NK % candidates
         key_NB = child_NBC.flatten(1).gather(1, chosen_NK)

@@ -21,6 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
 
 from nezha_vllm.ablations import HEADS, WITHOUT_PLACEHOLDERS
 from nezha_vllm.config import AUTOREGRESSIVE, NezhaConfig, NezhaLlamaConfig, NezhaQwen3Config, register_configs
+from nezha_vllm.draft_head import among_items
 from nezha_vllm.hf.recommend import Recommendation, recommend
 
 if TYPE_CHECKING:
@@ -46,11 +47,13 @@ class _NezhaMixin(PreTrainedModel):
         self.model = backbone(config)
         if config.method != AUTOREGRESSIVE:
             self.draft_head = HEADS[config.method](config.hidden_size, config.codebook_sizes)
+            self.draft_head.over_catalogue = config.softmax == "catalogue"
         # of training alone, see training.regularise and training.item_loss
         self.label_smoothing = 0.0
         self.level_weights: Sequence[float] = ()
         self.tied_codes: Sequence[str] = ()
         self.item_loss: nn.Module | None = None
+        self.keys_M: Tensor | None = None  # of the catalogue, for a softmax over it
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -113,7 +116,7 @@ class _NezhaMixin(PreTrainedModel):
         if labelled is not None:
             labels_VL, hidden_VSH = labels_VL[labelled], hidden_VSH[labelled]
         counts_V = labels_VL[:, 0] != IGNORED
-        labels_VL = labels_VL.clamp(min=0)
+        labels_VL = torch.where(counts_V[:, None], labels_VL, self._any_codes(labels_VL))
         logits = self.code_log_probs(hidden_VSH, labels_VL)
         loss = self._loss(logits, labels_VL, counts_V)
         if self.item_loss is not None:
@@ -123,15 +126,30 @@ class _NezhaMixin(PreTrainedModel):
     def code_log_probs(self, hidden_NSH: Tensor, codes_NL: Tensor) -> list[Tensor]:
         """Log-probabilities under teacher forcing: per level float32 [N, T_l].
 
-        Those of the language model are a part of its distribution over the vocabulary, so they sum to less than 1.
+        Those of the language model are a part of its distribution over the vocabulary, so they sum to less than 1,
+        unless its softmax is over the catalogue. With that one, all codes must be those of items of ``keys_M``.
         """
-        if self.config.method != AUTOREGRESSIVE:
-            if self.tied_codes:
-                return functional_call(self.draft_head, self._tied_weights(), (hidden_NSH, codes_NL))
-            return self.draft_head(hidden_NSH, codes_NL)
-        log_p_NLV = self.next_token_log_probs(hidden_NSH)
-        levels = zip(self.config.code_token_offsets, self.config.codebook_sizes, strict=True)
-        return [log_p_NLV[:, level, start : start + size] for level, (start, size) in enumerate(levels)]
+        if self.config.method == AUTOREGRESSIVE:
+            log_p_NLV = self.next_token_log_probs(hidden_NSH)
+            levels = zip(self.config.code_token_offsets, self.config.codebook_sizes, strict=True)
+            log_probs = [log_p_NLV[:, level, start : start + size] for level, (start, size) in enumerate(levels)]
+        elif self.tied_codes:
+            log_probs = functional_call(self.draft_head, self._tied_weights(), (hidden_NSH, codes_NL))
+        else:
+            log_probs = self.draft_head(hidden_NSH, codes_NL)
+        if self.config.softmax != "catalogue":
+            return log_probs
+        if self.keys_M is None:
+            raise ValueError("config.json: softmax is 'catalogue', so set the model's keys_M to the catalogue's keys")
+        return among_items(log_probs, codes_NL, self.keys_M)
+
+    def _any_codes(self, codes: Tensor) -> Tensor:
+        """[L], for targets that do not count: of an item where the softmax asks for one."""
+        if self.keys_M is None:
+            return torch.zeros_like(codes[0])
+        suffixes = torch.tensor(self.config.codec.suffix_sizes, device=codes.device)
+        sizes = torch.tensor(self.config.codebook_sizes, device=codes.device)
+        return self.keys_M[0] // suffixes % sizes
 
     def next_token_log_probs(self, hidden: Tensor) -> Tensor:
         """The language model's log-probabilities float32 [..., V] of all V tokens; embeddings are its output layer."""
@@ -142,7 +160,9 @@ class _NezhaMixin(PreTrainedModel):
         for level, log_p_VT in enumerate(logits):
             loss_V = -log_p_VT.gather(1, labels_VL[:, level, None])[:, 0]
             if self.label_smoothing:
-                loss_V = (1 - self.label_smoothing) * loss_V - self.label_smoothing * log_p_VT.mean(1)
+                possible_VT = log_p_VT > -torch.inf
+                mean_V = log_p_VT.where(possible_VT, 0).sum(1) / possible_VT.sum(1)
+                loss_V = (1 - self.label_smoothing) * loss_V - self.label_smoothing * mean_V
             losses.append((loss_V * counts_V).sum() / counts_V.sum())
         weights = self.level_weights or [1.0] * len(losses)
         return sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)

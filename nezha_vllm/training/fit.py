@@ -72,6 +72,8 @@ def fit(
     model.label_smoothing, model.level_weights = options.label_smoothing, options.level_weights
     if options.tie_codes:
         tie_codes(model, options.tie_codes)
+    if model.config.softmax == "catalogue":
+        model.keys_M = torch.from_numpy(catalogue.keys.copy()).to(device)
     if options.item_loss:
         model.item_loss = ItemLoss(model.config, catalogue, options.item_loss, options.seed).to(device)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nezha_vllm.config import SOFTMAX_OVER
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
     """``*_rate`` are relative to ``learning_rate``; a batch counts rows of up to ``max_history`` targets each.
 
-    ``level_weights``: of the levels' losses, empty for equal ones. ``tie_codes``: see ``regularise.tie_codes``;
+    ``softmax``: see ``config``; a checkpoint that is trained on keeps its own. ``level_weights``: of the levels' losses, empty for equal ones. ``tie_codes``: see ``regularise.tie_codes``;
     ``item_loss``: weight of the loss in ``item_loss``; ``average``: decay a step of averaged weights, 0 for none.
     """
 
@@ -33,6 +35,7 @@ class TrainingOptions:
     patience: int = 0
     validate_every: int = 1
     select: str = "loss"
+    softmax: str = "catalogue"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,6 +53,8 @@ class TrainingOptions:
             raise ValueError(f"dropout by {self.dropout_by!r}, must be row or token")
         if self.tie_codes not in ("", "in", "out", "both"):
             raise ValueError(f"tie codes is {self.tie_codes!r}, must be in, out or both")
+        if self.softmax not in SOFTMAX_OVER:
+            raise ValueError(f"softmax is {self.softmax!r}, must be one of {SOFTMAX_OVER}")
         if self.select not in ("loss", "ndcg@10"):
             raise ValueError(f"select is {self.select!r}, must be loss or ndcg@10")
 

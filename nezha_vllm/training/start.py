@@ -29,7 +29,12 @@ TRAINING_NOTE = "training.json"
 
 
 def starting_model(
-    backbone: str, catalogue: Catalogue, shape: Any, seed: int, method: str | None = None
+    backbone: str,
+    catalogue: Catalogue,
+    shape: Any,
+    seed: int,
+    method: str | None = None,
+    softmax: str | None = None,
 ) -> tuple[NezhaModel, PreTrainedTokenizerBase, torch.dtype]:
     """Model in float32, tokenizer, and the precision to save in.
 
@@ -37,6 +42,7 @@ def starting_model(
         backbone: ``scratch``, a local Hugging Face folder, or a NEZHA checkpoint.
         shape: ``family``, ``hidden``, ``layers``, ``heads`` and ``intermediate`` of a model from scratch.
         method: one of ``config.METHODS``; None is ``nezha``, or a NEZHA checkpoint's own.
+        softmax: one of ``config.SOFTMAX_OVER``; None is ``catalogue``, or a NEZHA checkpoint's own.
     """
     register_models()
     torch.manual_seed(seed)
@@ -52,7 +58,7 @@ def starting_model(
             ),
             sizes,
         )
-        config.method = method or "nezha"
+        config.method, config.softmax = method or "nezha", softmax or TrainingOptions.softmax
         return MODEL_CLASSES[shape.family](config), tokenizer, torch.float32
     if not (Path(backbone) / "config.json").is_file():
         raise ValueError(f"--backbone {backbone}: neither `scratch` nor a folder with a config.json")
@@ -62,6 +68,10 @@ def starting_model(
         check_catalogue(stored, catalogue)
         if method not in (None, stored.method):
             raise ValueError(f"--backbone {backbone} is a checkpoint of {stored.method}: leave --method {method} out")
+        if softmax not in (None, stored.softmax):
+            raise ValueError(
+                f"--backbone {backbone} is a checkpoint with a softmax over {stored.softmax}: leave --softmax out"
+            )
         model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(backbone), saved_dtype
     if method == AUTOREGRESSIVE and not stored.tie_word_embeddings:
@@ -70,7 +80,7 @@ def starting_model(
             "model's output layer is another; use a backbone with tied embeddings, such as Llama 3.2 1B or Qwen3 0.6B"
         )
     config, tokenizer, first_new_token = grown_config(backbone, sizes)
-    config.dtype, config.method = torch.float32, method or "nezha"
+    config.dtype, config.method, config.softmax = torch.float32, method or "nezha", softmax or TrainingOptions.softmax
     model = MODEL_CLASSES[stored.model_type](config)
     missing, unexpected = model.load_state_dict(grown_weights(backbone, config, first_new_token), strict=False)
     strange = [*unexpected, *(name for name in missing if not name.startswith("draft_head."))]
