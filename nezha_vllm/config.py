@@ -31,6 +31,7 @@ class NezhaFields:
         validity: default validity mode, ``stepwise`` or ``final``.
         softmax: over what a level's probabilities sum to one: ``codes``, all of the level as in the paper, or
             ``catalogue``, those that continue the prefix to an item.
+        num_item_tokens: tokens of semantic IDs, the last of the vocabulary, see ``item_tokens``.
         shared_ids: how items that share a semantic ID come out, see ``sharing.ranked_rows``.
         catalogue: folder of the catalogue, relative to the checkpoint.
         method: ``nezha``, or one that it is compared with, see ``ablations`` and ``hf.language_model``, which are not
@@ -44,6 +45,7 @@ class NezhaFields:
     max_beam_width: int = 512
     validity: str = "stepwise"
     softmax: str = "codes"
+    num_item_tokens: int = 0
     shared_ids: str = "expand"
     catalogue: str = "catalogue"
     method: str = "nezha"
@@ -56,6 +58,11 @@ class NezhaFields:
     def num_reads(self) -> int:
         """Hidden states that predict a target: h_0 and one a placeholder, or h_0 and one a code but the last."""
         return self.num_levels + (self.method != AUTOREGRESSIVE)
+
+    @property
+    def first_item_token(self) -> int:
+        """The vocabulary without item tokens."""
+        return self.vocab_size - self.num_item_tokens  # type: ignore[attr-defined]
 
     @property
     def codec(self) -> SemanticIdCodec:
@@ -91,9 +98,9 @@ class NezhaFields:
                     f"config.json: code_token_offsets and placeholder_token_ids use token id {following.start} twice; "
                     "make the checkpoint anew with `nezha init`"
                 )
-        if spans[-1].stop > self.vocab_size:  # type: ignore[attr-defined]
+        if self.num_item_tokens < 0 or spans[-1].stop > self.first_item_token:
             raise ValueError(
-                f"config.json: vocab_size is {self.vocab_size}, "  # type: ignore[attr-defined]
+                f"config.json: vocab_size is {self.vocab_size}, num_item_tokens {self.num_item_tokens}, "  # type: ignore[attr-defined]
                 f"but code_token_offsets or placeholder_token_ids reach token id {spans[-1].stop - 1}"
             )
         if self.method not in METHODS:

@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--dropout", float, "dropout", "dropout of embeddings and blocks; with a backbone 0")
     parser.add_argument("--dropout-by", choices=("row", "token"), help="one mask a row (default), or one a token")
     option("--item-dropout", float, "item_dropout", "share of history items blotted out; with a backbone 0")
+    option("--item-tokens", int, "item_tokens", "most frequent items that get a token of their own in histories")
+    option("--item-token-dropout", float, "item_token_dropout", "share of history items that show their codes instead")
     option("--head-dropout", float, "head_dropout", "dropout of code embeddings and of what the heads' outputs read")
     option("--label-smoothing", float, "label_smoothing", "share of the loss spread over all codes")
     option("--average", float, "average", "decay a step of averaged weights, which are what is kept; 0: none")

@@ -12,6 +12,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.platforms import current_platform
 
 from nezha_vllm.draft_head import DraftHead
+from nezha_vllm.item_tokens import KEYS
 
 HEAD = "draft_head."
 
@@ -37,7 +38,7 @@ class _WithDraftHead(nn.Module):
             for name, tensor in weights:
                 if name.startswith(HEAD):
                     head[name.removeprefix(HEAD)] = tensor
-                else:
+                elif name != KEYS:  # of the API process
                     yield name, tensor
 
         loaded = super().load_weights(backbone())

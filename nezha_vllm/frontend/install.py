@@ -158,6 +158,7 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         if hasattr(params, PLAN):  # the short way has checked everything
             request = original(self, request_id, prompt, params, *args, **kwargs)
             request.sampling_params = params
+            request.prompt_token_ids = service.engine_tokens(request.prompt_token_ids)
             return request
         tokens = prompt.get("prompt_token_ids")
         service = getattr(tokens, "service", None) or service
@@ -167,7 +168,7 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
             tokens.service = None  # vLLM keeps them while it streams, and the plan ends with the search
         params = engine_params(plan, params.output_kind)
         request = original(self, request_id, prompt, params, *args, **kwargs)
-        request.prompt_token_ids = complete_prompt(request.prompt_token_ids, service)
+        request.prompt_token_ids = service.engine_tokens(complete_prompt(request.prompt_token_ids, service))
         request.sampling_params = params
         return request
 

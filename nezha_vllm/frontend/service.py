@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.engine.settings import ServerSettings
 from nezha_vllm.generation import FIRST, check_levels
+from nezha_vllm.item_tokens import ItemTokens, load_item_tokens
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -24,6 +25,7 @@ class Service:
     placeholder_token_ids: tuple[int, ...]
     vocab_size: int
     max_model_len: int
+    item_tokens: ItemTokens | None = None
     generation: str = FIRST  # by which the engines know the catalogue
 
     @classmethod
@@ -42,8 +44,9 @@ class Service:
             catalogue,
             tuple(config.code_token_offsets),
             tuple(config.placeholder_token_ids),
-            config.vocab_size,
+            config.first_item_token,
             vllm_config.model_config.max_model_len,
+            load_item_tokens(vllm_config.model_config.model, config),
         )
         _SERVICES[vllm_config.model_config.model] = service
         return service
@@ -59,6 +62,10 @@ class Service:
     def max_prompt_tokens(self) -> int:
         """Longest prompt without placeholders: they follow it, and vLLM counts one generated token."""
         return self.max_model_len - self.num_levels - 1
+
+    def engine_tokens(self, prompt: list[int]) -> list[int]:
+        """A complete prompt as the engine reads it: with item tokens, where the model has some."""
+        return prompt if self.item_tokens is None else self.item_tokens.in_prompt(prompt)
 
     def code_token_ids(self, codes: list[int]) -> list[int]:
         return [offset + code for offset, code in zip(self.code_token_offsets, codes, strict=True)]

@@ -51,7 +51,7 @@ def _search(
     widths_N = torch.full((count,), width, device=device)
     cache, length_N1 = DynamicCache(config=config), mask_NQ.sum(1, keepdim=True)
     hidden_NBH = model.model(
-        input_ids=input_ids_NQ,
+        inputs_embeds=model.embedded(input_ids_NQ),
         attention_mask=mask_NQ,
         position_ids=(mask_NQ.cumsum(1) - 1).clamp(min=0),
         past_key_values=cache,

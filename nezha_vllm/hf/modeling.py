@@ -23,9 +23,11 @@ from nezha_vllm.ablations import HEADS, WITHOUT_PLACEHOLDERS
 from nezha_vllm.config import AUTOREGRESSIVE, NezhaConfig, NezhaLlamaConfig, NezhaQwen3Config, register_configs
 from nezha_vllm.draft_head import among_items
 from nezha_vllm.hf.recommend import Recommendation, recommend
+from nezha_vllm.item_tokens import KEYS, ItemTokens, checked
 
 if TYPE_CHECKING:
     from nezha_vllm.catalogue import Catalogue
+    from nezha_vllm.training.item_embeddings import ItemEmbeddings
 
 IGNORED = -100
 
@@ -54,6 +56,9 @@ class _NezhaMixin(PreTrainedModel):
         self.tied_codes: Sequence[str] = ()
         self.item_loss: nn.Module | None = None
         self.keys_M: Tensor | None = None  # of the catalogue, for a softmax over it
+        self.item_embeddings: ItemEmbeddings | None = None
+        if config.num_item_tokens:
+            self.register_buffer(KEYS, torch.zeros(config.num_item_tokens, dtype=torch.int64))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -101,7 +106,7 @@ class _NezhaMixin(PreTrainedModel):
                 raise ValueError("a 4-D attention_mask needs read_positions")
             read_positions = self._last_positions(attention_mask)[:, None]
         hidden_NQH = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            inputs_embeds=self.embedded(input_ids), attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
         if self.config.method in WITHOUT_PLACEHOLDERS:
             read_positions = read_positions[..., :1].expand_as(read_positions)
@@ -122,6 +127,32 @@ class _NezhaMixin(PreTrainedModel):
         if self.item_loss is not None:
             loss = loss + self.item_loss(hidden_VSH[:, 0], self.model.embed_tokens.weight, labels_VL, counts_V)
         return NezhaOutput(loss, tuple(logits), hidden_NPSH)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., H] of token ids, item tokens in training among them."""
+        return self.model.embed_tokens(ids) if self.item_embeddings is None else self.item_embeddings(ids)
+
+    @property
+    def item_tokens(self) -> ItemTokens | None:
+        """The semantic IDs that have a token in a prompt's history."""
+        if self.item_embeddings is not None:
+            return self.item_embeddings.tokens
+        if not self.config.num_item_tokens:
+            return None
+        return checked(getattr(self, KEYS).cpu().numpy(), self.config, "this checkpoint")
+
+    @torch.no_grad()
+    def settle_item_tokens(self) -> None:
+        """Make trained item tokens rows of the embeddings like any others."""
+        if self.item_embeddings is None:
+            return
+        old, rows = self.model.embed_tokens, self.item_embeddings.rows()
+        keys = torch.from_numpy(self.item_embeddings.tokens.keys).to(rows.device)
+        self.item_embeddings = None
+        weight = torch.cat([old.weight, rows.to(old.weight)])
+        self.model.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=old.padding_idx)
+        self.config.vocab_size, self.config.num_item_tokens = len(weight), len(rows)
+        self.register_buffer(KEYS, keys)
 
     def code_log_probs(self, hidden_NSH: Tensor, codes_NL: Tensor) -> list[Tensor]:
         """Log-probabilities under teacher forcing: per level float32 [N, T_l].
@@ -152,8 +183,12 @@ class _NezhaMixin(PreTrainedModel):
         return self.keys_M[0] // suffixes % sizes
 
     def next_token_log_probs(self, hidden: Tensor) -> Tensor:
-        """The language model's log-probabilities float32 [..., V] of all V tokens; embeddings are its output layer."""
-        return F.linear(hidden, self.model.embed_tokens.weight).float().log_softmax(-1)
+        """The language model's log-probabilities float32 [..., V] of all V tokens; embeddings are its output layer.
+
+        Item tokens are never predicted, and not among them.
+        """
+        output = self.model.embed_tokens.weight[: self.config.first_item_token]
+        return F.linear(hidden, output).float().log_softmax(-1)
 
     def _loss(self, logits: Sequence[Tensor], labels_VL: Tensor, counts_V: Tensor) -> Tensor:
         losses = []

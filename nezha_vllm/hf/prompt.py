@@ -1,4 +1,4 @@
-"""Prompts as token ids: the tokenizer's prefix, L code tokens an item, L placeholders, nothing behind them.
+"""Prompts as token ids: the tokenizer's prefix, L tokens an item, L placeholders, nothing behind them.
 
 Those of the language model end with the history.
 """
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from nezha_vllm.catalogue import Catalogue
     from nezha_vllm.config import NezhaConfig
+    from nezha_vllm.item_tokens import ItemTokens
 
 
 def code_token_ids(config: NezhaConfig, codes: Any) -> np.ndarray:
@@ -44,17 +45,27 @@ def prefix_token_ids(tokenizer: PreTrainedTokenizerBase, config: NezhaConfig) ->
     return ids[: ids.index(first_code)]
 
 
-def prompt_token_ids(config: NezhaConfig, history_codes: Any, prefix: Sequence[int] = ()) -> list[int]:
-    """Token ids of one request from the codes [items, L] of its history, oldest item first."""
+def prompt_token_ids(
+    config: NezhaConfig, history_codes: Any, prefix: Sequence[int] = (), item_tokens: ItemTokens | None = None
+) -> list[int]:
+    """Token ids of one request from the codes [items, L] of its history, oldest item first.
+
+    ``item_tokens``: the model's, which take the place of last codes.
+    """
     codes = np.asarray(history_codes, np.int64).reshape(-1, config.num_levels)
     if len(codes) == 0:
         raise ValueError("a history needs at least one item")
-    history = [*prefix, *code_token_ids(config, codes).ravel().tolist()]
+    tokens = code_token_ids(config, codes)
+    history = [*prefix, *(tokens if item_tokens is None else item_tokens.put(tokens)).ravel().tolist()]
     return history if config.method == AUTOREGRESSIVE else [*history, *config.placeholder_token_ids]
 
 
 def history_prompts(
-    config: NezhaConfig, catalogue: Catalogue, histories: Sequence[Sequence[str]], prefix: Sequence[int] = ()
+    config: NezhaConfig,
+    catalogue: Catalogue,
+    histories: Sequence[Sequence[str]],
+    prefix: Sequence[int] = (),
+    item_tokens: ItemTokens | None = None,
 ) -> list[list[int]]:
     """Token ids of one request a history of item IDs. The items of all are looked up at once: a tenth of the time.
 
@@ -64,4 +75,4 @@ def history_prompts(
     """
     codes = catalogue.codes[catalogue.rows([item for items in histories for item in items])]
     parts = np.split(codes, np.cumsum([len(items) for items in histories])[:-1])
-    return [prompt_token_ids(config, part, prefix) for part in parts]
+    return [prompt_token_ids(config, part, prefix, item_tokens) for part in parts]

@@ -89,7 +89,7 @@ def search(
     kernels: bool = True,
 ) -> Beams:
     """The beams behind ``recommend``, one row a history."""
-    prompts = history_prompts(model.config, catalogue, histories, prefix)
+    prompts = history_prompts(model.config, catalogue, histories, prefix, model.item_tokens)
     return searcher(model, catalogue, beam_width, validity, kernels)(*pad_left(prompts, model.device))
 
 

@@ -19,6 +19,7 @@ from nezha_vllm.training.metrics import CUTOFFS, UNRANKED, ranks_of
 if TYPE_CHECKING:
     from nezha_vllm.catalogue import Catalogue
     from nezha_vllm.config import NezhaConfig
+    from nezha_vllm.item_tokens import ItemTokens
     from nezha_vllm.hf.modeling import NezhaLlamaForCausalLM, NezhaQwen3ForCausalLM
 
     NezhaModel = NezhaLlamaForCausalLM | NezhaQwen3ForCausalLM
@@ -78,11 +79,12 @@ def ranked(
     found: list[list[str]] = []
     milliseconds: list[float] = []
     drafted = valid = 0
-    find = searcher(model, catalogue, beam_width, validity)
+    find, item_tokens = searcher(model, catalogue, beam_width, validity), model.item_tokens
     for start in track(range(0, len(histories), batch_size)):
         began = time.perf_counter()
         batch = [items[-max_history:] for items in histories[start : start + batch_size]]
-        beams = find(*pad_left(history_prompts(model.config, catalogue, batch, prefix), model.device))
+        prompts = history_prompts(model.config, catalogue, batch, prefix, item_tokens)
+        beams = find(*pad_left(prompts, model.device))
         found += item_ids(beams, n, catalogue, catalogue.policy(model.config.shared_ids))
         milliseconds.append(1000 * (time.perf_counter() - began))  # items have come from the GPU, so it has finished
         drafted += int(beams.drafted_N.sum())
@@ -98,7 +100,7 @@ def device_name(device: torch.device) -> str:
 class HeldOut:
     """Histories and the items that follow them, on the device once and for all: for validation at every epoch.
 
-    ``max_history``: items of a history that are read; ``prefix``: token ids before them.
+    ``max_history``: items of a history that are read; ``prefix``: token ids before them; ``item_tokens``: the model's.
     """
 
     def __init__(
@@ -110,11 +112,13 @@ class HeldOut:
         *,
         max_history: int,
         prefix: Sequence[int] = (),
+        item_tokens: ItemTokens | None = None,
         batch_size: int | None = None,
     ) -> None:
         self.catalogue, self.histories, self.targets = catalogue, histories, targets
         self.ask: dict[str, Any] = {"max_history": max_history, "prefix": prefix}
-        prompts = history_prompts(config, catalogue, [items[-max_history:] for items in histories], prefix)
+        recent = [items[-max_history:] for items in histories]
+        prompts = history_prompts(config, catalogue, recent, prefix, item_tokens)
         batch_size = batch_size or max(1, MAX_TOKENS // max(map(len, prompts), default=1))
         # histories of similar length share a batch: little padding
         self.order = np.argsort([len(prompt) for prompt in prompts], kind="stable")

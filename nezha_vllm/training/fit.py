@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from nezha_vllm.training.averages import FILE, Averages
 from nezha_vllm.training.evaluation import HeldOut
 from nezha_vllm.training.graphs import fuse_norms
+from nezha_vllm.training.item_embeddings import ItemEmbeddings, frequent_keys
 from nezha_vllm.training.item_loss import ItemLoss
 from nezha_vllm.training.metrics import ndcg
 from nezha_vllm.training.options import TrainingOptions
@@ -60,11 +61,24 @@ def fit(
         raise ValueError(
             f"{len(options.level_weights)} level weights, the catalogue has {model.config.num_levels} levels"
         )
-    segments = Segments(codes_of(split.train, catalogue), options.max_history)
+    sequences = codes_of(split.train, catalogue)
+    segments = Segments(sequences, options.max_history)
+    if options.item_tokens and not model.config.num_item_tokens:
+        keys = frequent_keys(sequences, model.config.codec, options.item_tokens)
+        model.item_embeddings = ItemEmbeddings(model.config, keys, model.model.embed_tokens)
     arguments = _arguments(options, run_folder, len(segments))
     device = arguments.device
     multiple = GPU_ROWS if device.type == "cuda" else 1
-    collator = PackedCollator(model.config, options.max_history, tuple(prefix), options.item_dropout, device, multiple)
+    collator = PackedCollator(
+        model.config,
+        options.max_history,
+        tuple(prefix),
+        options.item_dropout,
+        device,
+        multiple,
+        model.item_tokens,
+        options.item_token_dropout,
+    )
     if device.type == "cuda":
         fuse_norms(model)
     add_dropout(model, options.dropout, options.dropout_by)
@@ -77,7 +91,7 @@ def fit(
     if options.item_loss:
         model.item_loss = ItemLoss(model.config, catalogue, options.item_loss, options.seed).to(device)
 
-    ask: dict[str, Any] = {"max_history": options.max_history, "prefix": prefix}
+    ask: dict[str, Any] = {"max_history": options.max_history, "prefix": prefix, "item_tokens": model.item_tokens}
     valid = HeldOut(model.config, catalogue, split.valid_history, split.valid_target, **ask)
 
     def validate() -> dict[str, float]:
@@ -111,6 +125,7 @@ def fit(
         averages.load(trainer.state.best_model_checkpoint)
         averages.put()
     model.copy_tied_codes()
+    model.settle_item_tokens()
     model.item_loss = None
     return trainer
 

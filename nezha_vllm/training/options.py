@@ -11,7 +11,8 @@ from nezha_vllm.config import SOFTMAX_OVER
 class TrainingOptions:
     """``*_rate`` are relative to ``learning_rate``; a batch counts rows of up to ``max_history`` targets each.
 
-    ``softmax``: see ``config``; a checkpoint that is trained on keeps its own. ``level_weights``: of the levels' losses, empty for equal ones. ``tie_codes``: see ``regularise.tie_codes``;
+    ``item_tokens``: of the most frequent items, at most, see ``nezha_vllm.item_tokens``; 0 for none, and a checkpoint
+    that is trained on keeps its own. ``item_token_dropout``: see ``packing``. ``softmax``: see ``config``; a checkpoint that is trained on keeps its own. ``level_weights``: of the levels' losses, empty for equal ones. ``tie_codes``: see ``regularise.tie_codes``;
     ``item_loss``: weight of the loss in ``item_loss``; ``average``: decay a step of averaged weights, 0 for none.
     """
 
@@ -36,6 +37,8 @@ class TrainingOptions:
     validate_every: int = 1
     select: str = "loss"
     softmax: str = "catalogue"
+    item_tokens: int = 100_000
+    item_token_dropout: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -44,7 +47,9 @@ class TrainingOptions:
                 raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"the learning rate must be positive, got {self.learning_rate}")
-        for name in ("dropout", "item_dropout", "head_dropout", "label_smoothing", "average", "warmup"):
+        if self.item_tokens < 0:
+            raise ValueError(f"item tokens must be at least 0, got {self.item_tokens}")
+        for name in ("dropout", "item_dropout", "item_token_dropout", "head_dropout", "label_smoothing", "average", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', ' ')} must be in [0, 1), got {getattr(self, name)}")
         if self.item_loss < 0 or any(weight <= 0 for weight in self.level_weights):

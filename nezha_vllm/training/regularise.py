@@ -18,7 +18,8 @@ def add_dropout(model: nn.Module, rate: float, by: str = "row") -> None:
     backbone = model.model
     outputs = [block for layer in backbone.layers for block in (layer.self_attn.o_proj, layer.mlp.down_proj)]
     drop = _drop if by == "row" else F.dropout
-    for module in (backbone.embed_tokens, *outputs):
+    embedding = getattr(model, "item_embeddings", None) or backbone.embed_tokens
+    for module in (embedding, *outputs):
         module.register_forward_hook(lambda module, _, output: drop(output, rate) if module.training else output)
 
 

@@ -1,0 +1,85 @@
+"""Tokens of semantic IDs: in a history, the last code of an item that training knew gives way to a token of its own.
+
+Three codes name an item by what it shares with others; what users did with this very item is learnt by a vector of its
+own (see ``training.item_embeddings``). The prompt is as long as before, and an item that training did not know keeps
+its codes. Item tokens are the last ids of the vocabulary, in the order of their semantic IDs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nezha_vllm.semantic_id import SemanticIdCodec
+
+if TYPE_CHECKING:
+    from nezha_vllm.config import NezhaConfig
+
+KEYS = "item_token_keys"  # among a checkpoint's weights
+
+
+class ItemTokens:
+    """Args:
+    keys: int64 [I], ascending: the semantic IDs that have a token.
+    first: token id of the first.
+    offsets: token id of code 0, a level.
+    """
+
+    def __init__(self, keys: np.ndarray, first: int, codec: SemanticIdCodec, offsets: Sequence[int]) -> None:
+        self.keys, self.first, self.codec = np.ascontiguousarray(keys, np.int64), first, codec
+        self.offsets, self.sizes = np.asarray(offsets, np.int64), np.asarray(codec.codebook_sizes, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def put(self, token_ids: np.ndarray) -> np.ndarray:
+        """Code tokens of items [..., L] → the same with item tokens in the last column, where there are some."""
+        keys = self.codec.key(token_ids - self.offsets)
+        at = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        found = token_ids.copy()
+        found[..., -1] = np.where(self.keys[at] == keys, self.first + at, token_ids[..., -1])
+        return found
+
+    def in_prompt(self, token_ids: Sequence[int]) -> list[int]:
+        """The same anywhere in a prompt, wherever all codes of an item stand side by side."""
+        levels = len(self.offsets)
+        tokens = np.array(token_ids, np.int64)
+        if len(tokens) >= levels:
+            windows = np.lib.stride_tricks.sliding_window_view(tokens, levels) - self.offsets
+            at = np.flatnonzero(((windows >= 0) & (windows < self.sizes)).all(1))
+            tokens[at + levels - 1] = self.put(windows[at] + self.offsets)[:, -1]
+        return tokens.tolist()
+
+
+def load_item_tokens(folder: str | os.PathLike[str], config: NezhaConfig) -> ItemTokens | None:
+    """Those of a checkpoint folder; None if it has none.
+
+    Raises ``ValueError`` where config.json counts other ones than the weights hold.
+    """
+    if not config.num_item_tokens:
+        return None
+    from safetensors import safe_open
+
+    folder = Path(folder)
+    index, name = folder / "model.safetensors.index.json", "model.safetensors"
+    if index.is_file():
+        name = json.loads(index.read_text(encoding="utf-8"))["weight_map"].get(KEYS, name)
+    with safe_open(folder / name, "np") as weights:
+        keys = weights.get_tensor(KEYS) if KEYS in weights.keys() else np.empty(0, np.int64)  # noqa: SIM118
+    return checked(keys, config, str(folder))
+
+
+def checked(keys: np.ndarray, config: NezhaConfig, where: str) -> ItemTokens:
+    """Raises ``ValueError`` for keys that cannot be those of the configuration."""
+    ascending = len(keys) > 0 and bool((np.diff(keys) > 0).all()) and 0 <= keys[0] and keys[-1] < config.codec.capacity
+    if len(keys) != config.num_item_tokens or not ascending:
+        raise ValueError(
+            f"{where}: {KEYS} in model.safetensors are not the {config.num_item_tokens} semantic IDs that config.json "
+            "counts; keep both files of one checkpoint together, or train it anew"
+        )
+    return ItemTokens(keys, config.first_item_token, config.codec, config.code_token_offsets)
