@@ -12,10 +12,11 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.quality_plan import ALONE, CURVE, PARTS_OF_A_RUN, Places, Plan, runs
-from nezha_vllm.ablations import LABELS
+from nezha_vllm.ablations import FREE_LABEL, LABELS, OVER_CODES, label
 
 UNVERIFIED = "NEZHA-4, no verification"
 OURS = LABELS["nezha"]
+OURS_OVER_CODES = label("nezha", "codes")  # as in the paper
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,7 @@ class Result:
             planned = row["run"].split("/")
             model = planned[1] if len(planned) == PARTS_OF_A_RUN else shape
             model += f", {config['epochs']} epochs"  # one table never compares unequal budgets
-        unverified = row["method"] == OURS and row["validity"] == "final"
-        return cls(
-            row["dataset"],
-            model,
-            UNVERIFIED if unverified else row["method"],
-            int(row["seed"]),
-            row["run"],
-            row,
-        )
+        return cls(row["dataset"], model, _method(row, config), int(row["seed"]), row["run"], row)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -64,6 +57,16 @@ class Result:
 
     def number(self, name: str) -> float | None:
         return float(self.row[name]) if self.row[name] else None
+
+
+def _method(row: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    """Told apart by softmax and validity. Rows from before there was a choice had a softmax over all codes."""
+    method, trained = row["method"], config.get("method")
+    if trained in LABELS and "softmax" not in config and OVER_CODES not in method:
+        method = method.replace(LABELS[trained], label(trained, "codes"), 1)
+    if row["validity"] != "final" or method.startswith(FREE_LABEL):
+        return method
+    return UNVERIFIED if method == OURS_OVER_CODES else f"{method}, final validity"
 
 
 def planned(paths: Sequence[Path]) -> set[str]:
