@@ -18,9 +18,9 @@ def score_children(
 
     logits float32 [N · K, logit_stride], or [N, …] with ROOT; bias float32 [N, bias_stride] is added, except with ROOT.
     log_probs float32 [N · K, groups · FAN²], which may be ``logits`` itself: log p of each code, minus infinity for
-    those that may not be taken. OVER_CATALOGUE: a stepwise request's p is over the codes that lead to a key, whatever
-    its rule. maxima float32 [N · K, groups · FAN] and group_maxima [N · K, groups]: the best score,
-    beam and code together, of each FAN and each FAN² codes.
+    those that may not be taken. maxima float32 [N · K, groups · FAN] and group_maxima [N · K, groups]: the best score,
+    beam and code together, of each FAN and each FAN² codes. OVER_CATALOGUE: in a stepwise request p is over the codes
+    that lead to a key, whether its rule allows that key or not; else over all codes of the level.
     """
     if ROOT:
         request = tl.program_id(0)

@@ -89,7 +89,7 @@ def among(log_p: Tensor, allowed: Tensor) -> Tensor:
 
 
 def among_items(log_probs: Sequence[Tensor], codes_VL: Tensor, keys_M: Tensor) -> list[Tensor]:
-    """`among` of the log-probabilities of each level, per level [V, T_l], behind the items with these codes."""
+    """`among` of each level's log-probabilities, [V, T_l], for the codes that lead on from these items' prefixes."""
     codec = SemanticIdCodec([log_p_VT.shape[1] for log_p_VT in log_probs])
     prefix_V, found = torch.zeros_like(codes_VL[:, 0]), []
     for level, (size, suffix) in enumerate(zip(codec.codebook_sizes, codec.suffix_sizes, strict=True)):
@@ -174,7 +174,7 @@ def reference_beam_search(
         keys_M: the catalogue's keys, int64, strictly ascending, M ≥ 1.
         widths_N: beam width of each request, int64, ≥ 1.
         stepwise_N: bool; True masks every level by catalogue prefixes, False drops invalid beams at the end.
-        eligible: which semantic IDs each request may get; None for all of them.
+        eligible: which semantic IDs each request may get; None for all of them. Probabilities do not hang on it.
         code_drives: ``head.code_drives()`` kept from earlier, which halves the work; None computes what is needed.
     """
     assert len(keys_M) >= 1, "no keys to search"
@@ -190,7 +190,7 @@ def reference_beam_search(
         child_NBT = prefix_NB[..., None] * size + torch.arange(size, device=device)
         allowed = ~stepwise_N[:, None, None] | has_key(keys_M, child_NBT * suffix, suffix)
         if head.over_catalogue:
-            log_p_NBT = among(log_p_NBT, allowed)
+            log_p_NBT = torch.where(stepwise_N[:, None, None], among(log_p_NBT, allowed), log_p_NBT)
         total_NBT = score_NB[..., None] + log_p_NBT
         for request, rule in enumerate(eligible or ()):
             if rule is not None and stepwise_N[request]:

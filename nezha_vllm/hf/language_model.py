@@ -28,8 +28,9 @@ def language_model_beam_search(
     """The best semantic IDs behind prompts [N, Q], padded on the left, by the sum of their tokens' log-probabilities.
 
     Log-probabilities are those of the whole vocabulary V in both modes, as in transformers' ``generate`` with and
-    without ``prefix_allowed_tokens_fn``, unless the softmax is over the catalogue. ``stepwise`` masks every step by the catalogue's prefixes; else every token
-    competes at every step, L steps are taken, and beams that are no item are lost.
+    without ``prefix_allowed_tokens_fn``; only with a softmax over the catalogue, ``stepwise`` has those of the codes
+    that lead to an item. ``stepwise`` masks every step by the catalogue's prefixes; else every token competes at every
+    step, L steps are taken, and beams that are no item are lost.
     """
     step = max(1, MAX_SCORES // (width * model.config.vocab_size))
     slices = [slice(start, start + step) for start in range(0, len(input_ids), step)]

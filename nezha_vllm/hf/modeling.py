@@ -55,7 +55,7 @@ class _NezhaMixin(PreTrainedModel):
         self.level_weights: Sequence[float] = ()
         self.tied_codes: Sequence[str] = ()
         self.item_loss: nn.Module | None = None
-        self.keys_M: Tensor | None = None  # of the catalogue, for a softmax over it
+        self.keys_M: Tensor | None = None  # of the catalogue, on the model's device, for a softmax over it
         self.item_embeddings: ItemEmbeddings | None = None
         if config.num_item_tokens:
             self.register_buffer(KEYS, torch.zeros(config.num_item_tokens, dtype=torch.int64))
@@ -154,11 +154,12 @@ class _NezhaMixin(PreTrainedModel):
         self.config.vocab_size, self.config.num_item_tokens = len(weight), len(rows)
         self.register_buffer(KEYS, keys)
 
-    def code_log_probs(self, hidden_NSH: Tensor, codes_NL: Tensor) -> list[Tensor]:
+    def code_log_probs(self, hidden_NSH: Tensor, codes_NL: Tensor, keys_M: Tensor | None = None) -> list[Tensor]:
         """Log-probabilities under teacher forcing: per level float32 [N, T_l].
 
         Those of the language model are a part of its distribution over the vocabulary, so they sum to less than 1,
-        unless its softmax is over the catalogue. With that one, all codes must be those of items of ``keys_M``.
+        unless its softmax is over the catalogue. With that one, all codes must be those of items of ``keys_M``, by
+        default the model's.
         """
         if self.config.method == AUTOREGRESSIVE:
             log_p_NLV = self.next_token_log_probs(hidden_NSH)
@@ -170,17 +171,18 @@ class _NezhaMixin(PreTrainedModel):
             log_probs = self.draft_head(hidden_NSH, codes_NL)
         if self.config.softmax != "catalogue":
             return log_probs
-        if self.keys_M is None:
+        keys_M = self.keys_M if keys_M is None else keys_M
+        if keys_M is None:
             raise ValueError("config.json: softmax is 'catalogue', so set the model's keys_M to the catalogue's keys")
-        return among_items(log_probs, codes_NL, self.keys_M)
+        return among_items(log_probs, codes_NL, keys_M)
 
     def _any_codes(self, codes: Tensor) -> Tensor:
         """[L], for targets that do not count: of an item where the softmax asks for one."""
         if self.keys_M is None:
             return torch.zeros_like(codes[0])
-        suffixes = torch.tensor(self.config.codec.suffix_sizes, device=codes.device)
-        sizes = torch.tensor(self.config.codebook_sizes, device=codes.device)
-        return self.keys_M[0] // suffixes % sizes
+        codec = self.config.codec  # numbers, not tensors of them: a step's CUDA graph can copy nothing from the host
+        levels = zip(codec.suffix_sizes, codec.codebook_sizes, strict=True)
+        return torch.stack([self.keys_M[0] // suffix % size for suffix, size in levels])
 
     def next_token_log_probs(self, hidden: Tensor) -> Tensor:
         """The language model's log-probabilities float32 [..., V] of all V tokens; embeddings are its output layer.

@@ -124,6 +124,7 @@ class HeldOut:
         self.order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
         rows = np.asarray(catalogue.rows(targets))
         self.labels_NL = torch.from_numpy(catalogue.codes[rows]).long()
+        self.keys_M = torch.from_numpy(catalogue.keys.copy())
         self.semantic_ids = np.searchsorted(catalogue.first_row, rows, side="right") - 1
         self.turns = rows - catalogue.first_row[self.semantic_ids]
         self.shared_by = np.diff(catalogue.first_row)  # items of each semantic ID
@@ -136,13 +137,14 @@ class HeldOut:
         config = model.config
         model.eval()
         total = torch.zeros((), dtype=torch.float64, device=model.device)
+        self.keys_M = self.keys_M.to(model.device)
         for part, ids_NQ, mask_NQ in self._batches(model.device):
             labels_NL = self.labels_NL[part].to(model.device)
             if config.method == AUTOREGRESSIVE:
                 forced_NL = labels_NL + torch.tensor(config.code_token_offsets, device=model.device)
                 ids_NQ = torch.cat([ids_NQ, forced_NL[:, :-1]], dim=1)
                 mask_NQ = torch.cat([mask_NQ, mask_NQ.new_ones(len(part), labels_NL.shape[1] - 1)], dim=1)
-            log_probs = model.code_log_probs(model.hidden_states_for(ids_NQ, mask_NQ), labels_NL)
+            log_probs = model.code_log_probs(model.hidden_states_for(ids_NQ, mask_NQ), labels_NL, self.keys_M)
             truth = [log_p_NT.gather(1, labels_NL[:, level, None]) for level, log_p_NT in enumerate(log_probs)]
             total -= torch.stack(truth).mean(0).double().sum()
         return float(total) / len(self.targets)

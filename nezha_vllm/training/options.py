@@ -12,8 +12,10 @@ class TrainingOptions:
     """``*_rate`` are relative to ``learning_rate``; a batch counts rows of up to ``max_history`` targets each.
 
     ``item_tokens``: of the most frequent items, at most, see ``nezha_vllm.item_tokens``; 0 for none, and a checkpoint
-    that is trained on keeps its own. ``item_token_dropout``: see ``packing``. ``softmax``: see ``config``; a checkpoint that is trained on keeps its own. ``level_weights``: of the levels' losses, empty for equal ones. ``tie_codes``: see ``regularise.tie_codes``;
+    that is trained on keeps its own. ``item_token_dropout``: see ``packing``.
+    ``level_weights``: of the levels' losses, empty for equal ones. ``tie_codes``: see ``regularise.tie_codes``;
     ``item_loss``: weight of the loss in ``item_loss``; ``average``: decay a step of averaged weights, 0 for none.
+    ``softmax``: the model's, see ``config.NezhaFields``; a note, `fit` takes what the model has.
     """
 
     epochs: int = 14
