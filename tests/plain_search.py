@@ -5,6 +5,7 @@ Only the head's equations are shared with the package; they have a test of their
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,15 +26,32 @@ class Answer:
     drafted: int
 
 
-def plain_search(head: DraftHead, hidden_SH: Tensor, keys: np.ndarray, width: int, stepwise: bool) -> Answer:
-    """Keep the ``width`` best prefixes a level; equal scores by prefix, smallest codes first."""
+def plain_search(
+    head: DraftHead,
+    hidden_SH: Tensor,
+    keys: np.ndarray,
+    width: int,
+    stepwise: bool,
+    eligible: Sequence[int] | None = None,
+) -> Answer:
+    """Keep the ``width`` best prefixes a level; equal scores by prefix, smallest codes first.
+
+    ``eligible``: positions among the keys of those that may come back. With a softmax over the catalogue a stepwise
+    search takes codes that lead to no item at all out of the logits, whatever is eligible.
+    """
     items = [tuple(codes) for codes in SemanticIdCodec(head.codebook_sizes).codes_of_key(keys).tolist()]
+    kept = items if eligible is None else [items[index] for index in eligible]
     beams = [((), np.float32(0), [], hidden_SH[0])]
     for level in range(head.num_levels):
-        prefixes = {item[: level + 1] for item in items}
+        known, prefixes = ({item[: level + 1] for item in group} for group in (items, kept))
         children = []
         for prefix, score, log_probs, state in beams:
-            for code, log_prob in enumerate(head.log_probs(level, state, hidden_SH[level + 1]).numpy()):
+            log_p_T = head.log_probs(level, state, hidden_SH[level + 1])
+            if stepwise and head.over_catalogue:
+                strays = [code for code in range(len(log_p_T)) if (*prefix, code) not in known]
+                log_p_T[strays] = -torch.inf
+                log_p_T = log_p_T.log_softmax(-1)
+            for code, log_prob in enumerate(log_p_T.numpy()):
                 child = (*prefix, code)
                 if not stepwise or child in prefixes:
                     children.append((child, score + log_prob, [*log_probs, float(log_prob)], state))
@@ -45,7 +63,7 @@ def plain_search(head: DraftHead, hidden_SH: Tensor, keys: np.ndarray, width: in
                 for prefix, score, log_probs, state in beams
             ]
     position = {item: index for index, item in enumerate(items)}
-    found = [beam for beam in beams if beam[0] in position]
+    found = [beam for beam in beams if beam[0] in set(kept)]
     return Answer(
         [position[prefix] for prefix, *_ in found],
         [float(score) for _, score, *_ in found],

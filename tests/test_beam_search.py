@@ -6,6 +6,7 @@ different shapes agree after rounding: batched and single searches must then be 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,7 @@ def cases(draw: st.DrawFn, max_keys: int = 3000, max_levels: int = 5) -> Case:
     sizes = draw(small_codebooks(max_levels=max_levels, max_size=12))
     seed = draw(st.integers(0, 2**32 - 1))
     head = make_head(draw(st.sampled_from(["random", "flat", "twins"])), sizes, draw(st.integers(1, 6)), seed)
+    head.over_catalogue = draw(st.booleans())
     count = draw(st.integers(1, 4))
     around = [size + step for size in sizes for step in (-1, 0, 1) if size + step >= 1]
     return Case(
@@ -85,7 +87,23 @@ def brute_force(head: DraftHead, hidden_SH: Tensor, keys: np.ndarray) -> Tensor:
     """Teacher-forced scores of every semantic ID of the catalogue [M], float32."""
     codes_ML = torch.from_numpy(SemanticIdCodec(head.codebook_sizes).codes_of_key(keys))
     levels = head(hidden_SH.expand(len(keys), -1, -1), codes_ML)
+    if head.over_catalogue:
+        levels = [shares_among_items(log_p_MT, codes_ML, level) for level, log_p_MT in enumerate(levels)]
     return sum(log_p.gather(1, codes_ML[:, level, None])[:, 0] for level, log_p in enumerate(levels))
+
+
+def shares_among_items(log_p_MT: Tensor, codes_ML: Tensor, level: int) -> Tensor:
+    """Each item's probabilities of a level, divided by the sum of those that continue its prefix to an item."""
+    items = codes_ML.tolist()
+    follow: dict[tuple[int, ...], set[int]] = {}
+    for item in items:
+        follow.setdefault(tuple(item[:level]), set()).add(item[level])
+    shares_MT = torch.zeros_like(log_p_MT)
+    for row, item in enumerate(items):
+        codes = sorted(follow[tuple(item[:level])])
+        p = (log_p_MT[row, codes] - log_p_MT[row, codes].max()).exp()
+        shares_MT[row, codes] = p / p.sum()
+    return shares_MT.log()
 
 
 def assert_best_of(scores_M: Tensor, found: Answer, tolerance: float) -> None:
@@ -117,9 +135,26 @@ def test_a_beam_as_wide_as_the_catalogue_is_brute_force(case, beyond):
         assert_best_of(brute_force(case.head, case.hidden_NSH[request], case.keys), found, tolerance=1e-5)
 
 
+@given(cases(max_keys=200))
+def test_with_a_softmax_over_the_catalogue_the_items_probabilities_sum_to_one(case):
+    case.head.over_catalogue = True
+    codes_ML = SemanticIdCodec(case.head.codebook_sizes).codes_of_key(case.keys)
+    prefixes = [Counter(map(tuple, codes_ML[:, :level].tolist())) for level in range(case.head.num_levels)]
+    beams = case.search(widths=[len(case.keys)] * len(case.widths), stepwise=[True] * len(case.widths))
+    for request in range(len(case.widths)):
+        found = answer(beams, request)
+        assert np.exp(found.scores).sum() == pytest.approx(1, abs=1e-4)
+        for index, log_probs in zip(found.index, found.log_probs, strict=True):
+            for level, log_prob in enumerate(log_probs):
+                left = prefixes[level][tuple(codes_ML[index, :level].tolist())]
+                assert left > 1 or log_prob == 0, "one item is left, and is certain"
+
+
 @given(cases(max_levels=3))
 def test_final_mode_is_unconstrained_search_then_dropping(case):
+    """Whatever the softmax of a stepwise search: that of `final` is over all codes."""
     final = case.search(stepwise=[False] * len(case.widths))
+    case.head.over_catalogue = False
     everything = np.arange(SemanticIdCodec(case.head.codebook_sizes).capacity)
     free = case.search(keys=everything, stepwise=[True] * len(case.widths))
     position = {key: index for index, key in enumerate(case.keys.tolist())}
@@ -192,10 +227,12 @@ def test_a_request_without_numbers_gets_nothing_and_disturbs_nobody():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_realistic_sizes_against_brute_force(dtype):
+@pytest.mark.parametrize("over_catalogue", [False, True])
+def test_realistic_sizes_against_brute_force(dtype, over_catalogue):
     """float32 products round differently by shape: scores to 1e-4, order where scores differ by more."""
     torch.manual_seed(0)
     head = DraftHead(64, (64, 32, 48), dtype=dtype).requires_grad_(False)
+    head.over_catalogue = over_catalogue
     keys = np.unique(np.random.default_rng(0).integers(0, 64 * 32 * 48, 5000))
     hidden = torch.randn(2, 4, 64, dtype=dtype)
     beams = Case(head, keys, hidden, [len(keys)] * 2, [True] * 2).search()

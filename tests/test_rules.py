@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_search import Answer, plain_search
 from test_beam_search import Case, answer, cases
 
 from nezha_vllm.catalogue import Catalogue
-from nezha_vllm.draft_head import Eligible, reference_beam_search
+from nezha_vllm.draft_head import Beams, Eligible, reference_beam_search
 from nezha_vllm.eligibility import eligibility
 from nezha_vllm.segment_ranks import SegmentRanks
 
@@ -27,23 +28,28 @@ def catalogue() -> Catalogue:
     return Catalogue.build(NAMES, np.array(codes), SIZES, segments={"sold": [n in (0, 5, 6) for n in range(12)]})
 
 
+def ruled_search(case: Case, rule: Eligible) -> Beams:
+    """Every second request under the rule."""
+    return reference_beam_search(
+        case.head,
+        case.hidden_NSH,
+        torch.from_numpy(case.keys),
+        torch.tensor(case.widths),
+        torch.tensor(case.stepwise),
+        eligible=[rule if request % 2 == 0 else None for request in range(len(case.widths))],
+    )
+
+
 @given(cases(max_keys=300), st.data())
 def test_a_search_under_rules_equals_the_search_of_the_eligible_catalogue(case: Case, data: st.DataObject) -> None:
+    """But for a softmax over the catalogue: its probabilities stay those of the whole one, see `plain_search`."""
     count, requests = len(case.keys), len(case.widths)
     only = data.draw(st.booleans())
     chosen = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=count, unique=True).map(sorted))
     listed = np.zeros(count, bool)
     listed[chosen] = True
     kept = np.flatnonzero(listed == only)
-    rule = Eligible(torch.tensor(chosen), only)
-    found = reference_beam_search(
-        case.head,
-        case.hidden_NSH,
-        torch.from_numpy(case.keys),
-        torch.tensor(case.widths),
-        torch.tensor(case.stepwise),
-        eligible=[rule if request % 2 == 0 else None for request in range(requests)],
-    )
+    found = ruled_search(case, Eligible(torch.tensor(chosen), only))
     everything = case.search()
     for request in range(requests):
         if request % 2:
@@ -51,9 +57,27 @@ def test_a_search_under_rules_equals_the_search_of_the_eligible_catalogue(case: 
         elif len(kept) == 0:
             assert int(found.valid_N[request]) == 0
         else:
-            expected = answer(case.search(keys=case.keys[kept]), request)
-            expected.index = kept[expected.index].tolist()
-            assert answer(found, request) == expected
+            asked = case.hidden_NSH[request], case.keys, case.widths[request], case.stepwise[request]
+            assert answer(found, request) == plain_search(case.head, *asked, eligible=kept.tolist())
+            if not (case.head.over_catalogue and case.stepwise[request]):
+                expected = answer(case.search(keys=case.keys[kept]), request)
+                expected.index = kept[expected.index].tolist()
+                assert answer(found, request) == expected
+
+
+@given(cases(max_keys=200), st.data())
+def test_a_rule_changes_no_score_of_the_items_it_leaves(case: Case, data: st.DataObject) -> None:
+    """Beams as wide as the catalogue: what is left is the ranking without the rule, filtered afterwards."""
+    count, requests = len(case.keys), len(case.widths)
+    case.widths, case.stepwise = [count] * requests, [True] * requests
+    only = data.draw(st.booleans())
+    chosen = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=count, unique=True).map(sorted))
+    found, everything = ruled_search(case, Eligible(torch.tensor(chosen), only)), case.search()
+    for request in range(0, requests, 2):
+        whole = answer(everything, request)
+        ranks = [rank for rank, index in enumerate(whole.index) if (index in chosen) == only]
+        expected = [[values[rank] for rank in ranks] for values in (whole.index, whole.scores, whole.log_probs)]
+        assert answer(found, request) == Answer(*expected, len(ranks))
 
 
 def test_an_excluded_item_does_not_hide_those_that_share_its_id(catalogue: Catalogue) -> None:
