@@ -50,15 +50,17 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    ("sizes", "width", "requests"), [((512, 512, 512), 512, 1), ((300, 40), 16, 20), ((65, 3000, 2, 7), 64, 2)]
+    ("sizes", "width", "requests", "over_catalogue"),
+    [((512, 512, 512), 512, 1, False), ((300, 40), 16, 20, True), ((65, 3000, 2, 7), 64, 2, True)],
 )
 def test_a_search_compiles(
-    compiled: list[str], sizes: tuple[int, ...], width: int, requests: int, dtype: torch.dtype
+    compiled: list[str], sizes: tuple[int, ...], width: int, requests: int, over_catalogue: bool, dtype: torch.dtype
 ) -> None:
     from nezha_vllm.search_memory import Workspace
     from nezha_vllm.triton_search import Plan
 
     head = DraftHead(128, sizes, dtype=dtype).requires_grad_(False)
+    head.over_catalogue = over_catalogue
     keys = torch.from_numpy(np.unique(np.random.default_rng(0).integers(0, math.prod(sizes), 500)))
     plan = Plan(head, keys)
     plan.search(

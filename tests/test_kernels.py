@@ -88,9 +88,11 @@ def make(
     hidden: int = 64,
     kind: str = "random",
     seed: int = 0,
+    over_catalogue: bool = False,
 ) -> Case:
     torch.manual_seed(seed)
     head = DraftHead(hidden, sizes).requires_grad_(False).to(DEVICE)
+    head.over_catalogue = over_catalogue
     for parameter in head.parameters():
         parameter.normal_(std=0 if kind == "flat" else hidden**-0.5)
     for table in head.code_embeddings:
@@ -133,12 +135,31 @@ SHAPES = [
     ((2, 3, 2, 3, 2, 3, 2, 3), 900, [9, 20], [True, False]),
     ((5, 2000, 3), 800, [13], [True]),
 ]
+# both modes in one launch; a level that is certain, one code, a beam as wide as the catalogue
+OVER_CATALOGUE = [
+    ((7, 13, 5), 40, [20, 3, 40], [True, False, True]),
+    ((1, 5, 1), 4, [2, 16], [True, False]),
+    ((64, 64), 1, [3], [True]),
+]
 
 
 @pytest.mark.parametrize(("sizes", "keys", "widths", "stepwise"), SHAPES, ids=str)
 def test_kernels_equal_the_reference(sizes, keys, widths, stepwise):
     case = make(sizes, keys, widths, stepwise)
     assert_same(case.search(), case.reference())
+
+
+@pytest.mark.parametrize("tables", [True, False], ids=["tables", "binary search"])
+@pytest.mark.parametrize(("sizes", "keys", "widths", "stepwise"), OVER_CATALOGUE, ids=str)
+def test_a_softmax_over_the_catalogue_equals_the_reference(monkeypatch, sizes, keys, widths, stepwise, tables):
+    if not tables:
+        monkeypatch.setattr(triton_search.Plan, "_table", lambda *_: None)
+    case = make(sizes, keys, widths, stepwise, over_catalogue=True)
+    found = case.search()
+    assert_same(found, case.reference())
+    for request, width in enumerate(widths):
+        if stepwise[request] and width >= len(case.keys_M):
+            assert float(found.scores_NK[request].exp().sum()) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["flat", "twins"])
@@ -200,7 +221,8 @@ def test_any_small_search_equals_the_reference(data):
     widths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=2))
     stepwise = data.draw(st.lists(st.booleans(), min_size=len(widths), max_size=len(widths)))
     kind = data.draw(st.sampled_from(["random", "flat", "twins"]))
-    case = make(sizes, data.draw(key_sets(sizes, 500)), widths, stepwise, kind=kind, seed=data.draw(st.integers(0, 99)))
+    how = {"kind": kind, "seed": data.draw(st.integers(0, 99)), "over_catalogue": data.draw(st.booleans())}
+    case = make(sizes, data.draw(key_sets(sizes, 500)), widths, stepwise, **how)
     assert_same(case.search(), case.reference())
 
 
@@ -269,13 +291,18 @@ def test_requests_of_one_launch_search_in_catalogues_of_their_own(monkeypatch, t
         assert_same(beam.beams_of(out[request : request + 1], 3, case.widths[request]), alone.reference())
 
 
-@pytest.mark.parametrize("tables", [True, False], ids=["tables", "binary search"])
-def test_rules_of_each_request_hold_inside_the_beam(monkeypatch, tables):
+@pytest.mark.parametrize(
+    ("tables", "over_catalogue"),
+    [(True, False), (False, True)],
+    ids=["tables", "binary search, softmax over the catalogue"],
+)
+def test_rules_of_each_request_hold_inside_the_beam(monkeypatch, tables, over_catalogue):
     if not GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     if not tables:
         monkeypatch.setattr(triton_search.Plan, "_table", lambda *_: None)
-    case = make((16, 24, 32), 900, [10, 10, 4, 10, 10, 5, 10, 7, 10, 3], [True, True, True, False] + [True] * 6)
+    modes = [True, True, True, False] + [True] * 6
+    case = make((16, 24, 32), 900, [10, 10, 4, 10, 10, 5, 10, 7, 10, 3], modes, over_catalogue=over_catalogue)
     count, rng = len(case.keys_M), np.random.default_rng(1)
 
     def listed(size: int) -> torch.Tensor:
