@@ -14,6 +14,7 @@ FIELDS = {
     "beam_width": 7,
     "max_beam_width": 9,
     "validity": "final",
+    "softmax": "catalogue",
     "catalogue": "films",
 }
 SHAPES = {
@@ -37,6 +38,10 @@ def test_a_configuration_survives_its_file(tmp_path, backbone):
     assert {name: getattr(config, name) for name in FIELDS | SHAPES} == FIELDS | SHAPES
     assert config.num_levels == 3
     assert config.codec.codebook_sizes == (4, 5, 6)
+
+
+def test_a_checkpoint_that_does_not_say_so_has_the_papers_softmax():
+    assert NezhaLlamaConfig().softmax == "codes"
 
 
 def test_registering_twice_is_harmless():
@@ -67,6 +72,7 @@ def test_configurations_do_not_share_their_lists():
         ({"placeholder_token_ids": [25, 26, 26]}, "placeholder_token_ids use token id 26 twice"),
         ({"vocab_size": 27}, "vocab_size is 27, .* token id 27"),
         ({"validity": "never"}, "validity is 'never', must be one of"),
+        ({"softmax": "items"}, "softmax is 'items', must be one of"),
         ({"beam_width": 0}, "1 ≤ beam_width ≤ max_beam_width ≤ 4096, got 0 and 9"),
         ({"beam_width": 10}, "beam_width ≤ max_beam_width ≤ 4096, got 10 and 9"),
     ],

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from nezha_vllm.draft_head import DraftHead
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import key_sets, small_codebooks
+from test_beam_search import shares_among_items
+
+from nezha_vllm.draft_head import DraftHead, among_items
+from nezha_vllm.semantic_id import SemanticIdCodec
 
 
 @pytest.fixture
@@ -38,6 +44,23 @@ def test_teacher_forcing_follows_the_equations(head):
                     + weights[f"{cell}.weight_hh"] @ state
                     + weights[f"{cell}.bias_hh"]
                 )
+
+
+@given(st.data())
+def test_a_softmax_over_the_catalogue_shares_out_what_the_items_have(data):
+    sizes = data.draw(small_codebooks(max_levels=4))
+    keys = data.draw(key_sets(sizes, 100))
+    codes = torch.from_numpy(SemanticIdCodec(sizes).codes_of_key(keys))
+    torch.manual_seed(data.draw(st.integers(0, 2**32 - 1)))
+    logits = [torch.randn(len(keys), size, requires_grad=True) for size in sizes]
+    found = among_items([scores.log_softmax(-1) for scores in logits], codes, torch.from_numpy(keys))
+    for level, scores in enumerate(logits):
+        expected = shares_among_items(scores.detach().log_softmax(-1), codes, level)
+        torch.testing.assert_close(found[level], expected, atol=1e-5, rtol=1e-5)
+    sum(log_p.gather(1, codes[:, level, None]).sum() for level, log_p in enumerate(found)).backward()
+    for level, scores in enumerate(logits):
+        assert torch.isfinite(scores.grad).all()
+        assert (scores.grad[found[level] == -torch.inf].abs() < 1e-5).all(), "nothing is learnt of codes without items"
 
 
 def test_the_last_level_has_no_state_to_hand_on(head):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nezha_vllm.config import SOFTMAX_OVER
 from nezha_vllm.hf.backbones import tiny_shape
 from nezha_vllm.hf.checkpoint import scratch_config
 from nezha_vllm.hf.modeling import MODEL_CLASSES, register_models
@@ -54,11 +55,20 @@ def test_hidden_states_are_those_of_the_last_history_token_and_the_placeholders(
     assert ids[0, -3:].tolist() == model.config.placeholder_token_ids
 
 
+def over_the_items(model, codes: torch.Tensor):
+    """The model with a softmax over the catalogue that has these codes."""
+    model.config.softmax, model.keys_M = "catalogue", model.config.codec.key(codes).unique()
+    return model
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("prefix", [(), (3, 1)])
-def test_a_packed_row_equals_one_row_per_prefix(family, prefix):
+@pytest.mark.parametrize("softmax", SOFTMAX_OVER)
+def test_a_packed_row_equals_one_row_per_prefix(family, prefix, softmax):
     model, _ = tiny(family)
     rows = [random_codes(count, seed=count) for count in (7, 5, 2)]
+    if softmax == "catalogue":
+        over_the_items(model, torch.cat([*rows, random_codes(60)]))
     packed = PackedCollator(model.config, max_history=6, prefix=prefix)(rows)
     assert len(packed["input_ids"]) == 2  # the short ones share a row
     output = model(**packed)
@@ -85,6 +95,46 @@ def test_loss_is_the_mean_over_levels_of_level_local_cross_entropy():
         for level, scores in enumerate(model.draft_head(hidden, codes[None, 3]))
     ]
     torch.testing.assert_close(output.loss, torch.stack(expected).mean())
+
+
+@pytest.mark.parametrize("smoothing", [0, 0.1])
+def test_targets_that_do_not_count_leave_loss_and_gradients_alone(smoothing):
+    """With a softmax over the catalogue, in which no item has the codes 0 that they might stand for."""
+    rows = [random_codes(count, seed=count) + torch.tensor([1, 0, 0]) for count in (5, 2)]
+    model, _ = tiny("llama", [9, *SIZES[1:]])
+    over_the_items(model, torch.cat(rows)).label_smoothing = smoothing
+    packed, found = PackedCollator(model.config, max_history=6)(rows), []
+    assert (packed["labels"] == IGNORED).any()
+    for batch in (packed, {name: value for name, value in packed.items() if name != "labelled"}):
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        found.append((loss, *(parameter.grad for parameter in model.parameters())))
+        assert all(torch.isfinite(value).all() for value in found[-1])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_label_smoothing_is_over_the_codes_that_lead_to_an_item():
+    model, _ = tiny("llama")
+    codes = torch.tensor([[1, 2, 3], [1, 2, 5], [1, 4, 0], [6, 0, 0]])
+    over_the_items(model, codes).label_smoothing = 0.2
+    ids = torch.tensor([prompt_token_ids(model.config, codes[1:])])
+    first, second, third = (scores[0] for scores in model.draft_head(model.hidden_states_for(ids), codes[:1]))
+    left = (first[[1, 6]], 0), (second[[2, 4]], 0), (third[[3, 5]], 0)
+    expected = [
+        torch.nn.functional.cross_entropy(scores[None], torch.tensor([place]), label_smoothing=0.2)
+        for scores, place in left
+    ]
+    torch.testing.assert_close(model(ids, labels=codes[:1]).loss, torch.stack(expected).mean())
+
+
+def test_a_loss_over_the_catalogue_asks_for_its_keys():
+    model, _ = tiny("llama")
+    model.config.softmax = "catalogue"
+    ids = torch.tensor([prompt_token_ids(model.config, random_codes(3))])
+    with pytest.raises(ValueError, match="set the model's keys_M to the catalogue's keys"):
+        model(ids, labels=random_codes(1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nezha_vllm.ablations import CONSTRAINED_LABEL, FREE_LABEL, LABELS
 from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.config import SOFTMAX_OVER
 from nezha_vllm.engine.settings import ServerSettings
 from nezha_vllm.hf import language_model
 from nezha_vllm.hf.backbones import tiny_shape
@@ -29,10 +30,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = (5, 4, 6)
 
 
-def tiny(family="llama", sizes=SIZES):
+def tiny(family="llama", sizes=SIZES, softmax="codes"):
     torch.manual_seed(0)
     config, _ = scratch_config(tiny_shape(family, hidden_size=64, num_attention_heads=2), list(sizes))
-    config.initializer_range, config.method = 0.2, "ar"
+    config.initializer_range, config.method, config.softmax = 0.2, "ar", softmax
     return MODEL_CLASSES[family](config).eval()
 
 
@@ -46,28 +47,40 @@ HISTORIES = [["i3"], ["i1", "i2", "i0", "i5"], ["i4", "i4"]]
 
 
 @torch.no_grad()
-def brute_force(model, prompt, answers):
-    """Sum of the log-probabilities of every answer [A, L] of token ids behind the prompt, one row an answer."""
+def brute_force(model, prompt, answers, items=None):
+    """Sum of the log-probabilities of every answer [A, L] of token ids behind the prompt, one row an answer.
+
+    With the tokens [M, L] of all items, the logits of a token are set against those of the items' next ones alone.
+    """
     rows = torch.cat([torch.tensor([prompt]).expand(len(answers), -1), answers], dim=1)
     hidden = model.model(input_ids=rows).last_hidden_state[:, len(prompt) - 1 : -1]
-    log_p = (hidden @ model.model.embed_tokens.weight.T).log_softmax(-1)
-    return log_p.gather(2, answers[..., None])[..., 0].sum(1)
+    logits = hidden @ model.model.embed_tokens.weight.T
+    if items is not None:
+        for row, answer in enumerate(answers):
+            for level in range(answers.shape[1]):
+                left = items[(items[:, :level] == answer[:level]).all(1), level]
+                logits[row, level, torch.isin(torch.arange(logits.shape[2]), left, invert=True)] = -torch.inf
+    return logits.log_softmax(-1).gather(2, answers[..., None])[..., 0].sum(1)
 
 
 def prompt_of(model, catalogue, items):
     return prompt_token_ids(model.config, [catalogue.codes_of(item) for item in items])
 
 
+@pytest.mark.parametrize("softmax", SOFTMAX_OVER)
 @pytest.mark.parametrize("family", MODEL_CLASSES)
-def test_constrained_beam_search_as_wide_as_the_catalogue_is_brute_force(family):
-    model, catalogue = tiny(family), catalogue_of(SIZES, 40)
+def test_constrained_beam_search_as_wide_as_the_catalogue_is_brute_force(family, softmax):
+    model, catalogue = tiny(family, softmax=softmax), catalogue_of(SIZES, 40)
     beams = search(model, HISTORIES, catalogue=catalogue, beam_width=64, validity="stepwise")
     codes_ML = np.stack(np.unravel_index(catalogue.keys, SIZES), axis=1)
     tokens_ML = torch.from_numpy(code_token_ids(model.config, codes_ML))
+    everything = tokens_ML if softmax == "catalogue" else None
     for row, items in enumerate(HISTORIES):
-        expected = brute_force(model, prompt_of(model, catalogue, items), tokens_ML).sort(descending=True)
+        expected = brute_force(model, prompt_of(model, catalogue, items), tokens_ML, everything).sort(descending=True)
         assert beams.index_NK[row, :40].tolist() == expected.indices.tolist()
         torch.testing.assert_close(beams.scores_NK[row, :40], expected.values, atol=1e-4, rtol=1e-5)
+        summed = float(beams.scores_NK[row, :40].exp().sum())
+        assert summed == pytest.approx(1, abs=1e-4) if softmax == "catalogue" else summed < 0.99
     assert beams.drafted_N.tolist() == beams.valid_N.tolist() == [40] * 3
 
 
@@ -113,9 +126,14 @@ def test_narrow_beams_do_not_depend_on_the_batch(validity, monkeypatch):
     torch.testing.assert_close(together.log_probs_NKL.sum(2)[known], together.scores_NK[known], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("softmax", SOFTMAX_OVER)
 @pytest.mark.parametrize("prefix", [(), (3, 1)])
-def test_a_packed_row_equals_one_row_per_prefix(prefix):
-    model, catalogue = tiny(), catalogue_of(SIZES, 100)
+def test_a_packed_row_equals_one_row_per_prefix(prefix, softmax):
+    model, catalogue = tiny(softmax=softmax), catalogue_of(SIZES, 100)
+    everything = None
+    if softmax == "catalogue":
+        model.keys_M = torch.from_numpy(catalogue.keys.copy())
+        everything = torch.from_numpy(code_token_ids(model.config, catalogue.codes))
     sequences = [["i1", "i2", "i3", "i4", "i5", "i6", "i7"], ["i9", "i8"], ["i4", "i5", "i6", "i4"]]
     rows = [torch.tensor([catalogue.codes_of(item) for item in items]) for items in sequences]
     packed = PackedCollator(model.config, max_history=6, prefix=prefix)(rows)
@@ -125,7 +143,7 @@ def test_a_packed_row_equals_one_row_per_prefix(prefix):
         for used in range(1, len(codes)):
             prompt = prompt_token_ids(model.config, codes[:used], prefix)
             answer = torch.from_numpy(code_token_ids(model.config, codes[used : used + 1]))
-            losses.append(-brute_force(model, prompt, answer) / 3)
+            losses.append(-brute_force(model, prompt, answer, everything) / 3)
     assert int((packed["labels"][..., 0] != IGNORED).sum()) == len(losses)
     torch.testing.assert_close(output.loss, torch.cat(losses).mean(), atol=1e-5, rtol=1e-5)
     histories, targets = [items[:-1] for items in sequences], [items[-1] for items in sequences]
