@@ -17,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.trainer_callback import TrainerState
 
+from nezha_vllm import cli
 from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.config import SOFTMAX_OVER
 from nezha_vllm.data.dataset import Dataset
 from nezha_vllm.training.averages import FILE
 from nezha_vllm.training.baselines import Markov, Popularity
@@ -28,7 +30,7 @@ from nezha_vllm.training.metrics import UNRANKED, ndcg, ranks_of, summary
 from nezha_vllm.training.options import PRETRAINED, TrainingOptions
 from nezha_vllm.training.packing import PackedCollator, Segments, packed
 from nezha_vllm.training.resume import LAST_WRITTEN, NOTE, resumable
-from nezha_vllm.training.start import starting_model
+from nezha_vllm.training.start import save_trained, starting_model
 from nezha_vllm.training.trainer import parameter_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,8 +66,8 @@ def rings():
     return Dataset("rings", users, sequences, items)
 
 
-def start(catalogue, seed=0):
-    model, tokenizer, _ = starting_model("scratch", catalogue, SHAPE, seed)
+def start(catalogue, seed=0, softmax=None):
+    model, tokenizer, _ = starting_model("scratch", catalogue, SHAPE, seed, softmax=softmax)
     return model, tokenizer
 
 
@@ -118,9 +120,10 @@ def test_validation_may_come_every_few_epochs(catalogue, rings, tmp_path):
     assert [line.split(":")[0] for line in lines] == ["epoch 2", "epoch 4"]
 
 
-def test_a_small_model_learns_the_data_by_heart(catalogue, rings, tmp_path):
+@pytest.mark.parametrize("softmax", SOFTMAX_OVER)
+def test_a_small_model_learns_the_data_by_heart(catalogue, rings, tmp_path, softmax):
     split = rings.leave_one_out()
-    model, _ = start(catalogue)
+    model, _ = start(catalogue, softmax=softmax)
     lines = []
     before = target_loss(model, catalogue, split.train, split.valid_target, max_history=6)
     trainer = fit(model, catalogue, split, TrainingOptions(**FAST), tmp_path / "run", write=lines.append)
@@ -230,6 +233,35 @@ def test_another_run_does_not_resume_from_the_first(catalogue, rings, tmp_path):
             write=lines.append,
         )
         assert len(lines) == epochs
+
+
+def test_a_checkpoint_keeps_its_softmax(catalogue, rings, tmp_path):
+    saved = tmp_path / "model"
+    for softmax in SOFTMAX_OVER:
+        model, tokenizer, dtype = starting_model("scratch", catalogue, SHAPE, 0, softmax=softmax)
+        save_trained(saved, model, tokenizer, catalogue, dtype, TrainingOptions(softmax=softmax))
+        again, _, _ = starting_model(str(saved), catalogue, SHAPE, 0)
+        assert again.config.softmax == softmax
+        other = next(name for name in SOFTMAX_OVER if name != softmax)
+        with pytest.raises(ValueError, match=f"with a softmax over {softmax}: leave --softmax out"):
+            starting_model(str(saved), catalogue, SHAPE, 0, softmax=other)
+        # and has a loss without being told of its catalogue
+        assert target_loss(again, catalogue, rings.sequences, [ITEMS[0]] * len(rings.sequences), max_history=4) > 0
+    assert start(catalogue)[0].config.softmax == "catalogue"
+    with pytest.raises(ValueError, match="softmax is 'items', must be one of"):
+        TrainingOptions(softmax="items")
+
+
+def test_train_takes_the_softmax_and_notes_it(catalogue, rings, tmp_path, capsys):
+    rings.save(tmp_path / "rings")
+    catalogue.save(tmp_path / "catalogue")
+    words = ["train", tmp_path / "rings", tmp_path / "catalogue", "--out", tmp_path / "model", "--epochs", "1"]
+    assert cli.main([*map(str, words), "--softmax", "codes"]) == 0
+    found = [json.loads((tmp_path / "model" / name).read_text()) for name in ("config.json", "training.json")]
+    assert [file["softmax"] for file in found] == ["codes", "codes"]
+    words = ["train", tmp_path / "rings", tmp_path / "catalogue", "--out", tmp_path / "more", "--epochs", "1"]
+    assert cli.main([*map(str, words), "--backbone", str(tmp_path / "model"), "--softmax", "catalogue"]) == 2
+    assert "a softmax over codes: leave --softmax out" in capsys.readouterr().err
 
 
 def test_learning_rates_and_decay_by_part(catalogue):
