@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -56,17 +58,18 @@ def check(head, keys, step: Step, answers, n: int = 10, eligible=None) -> None:
     check_payload(head, keys, widths, rows, states, got, n, eligible)
 
 
-def check_payload(head, keys, widths, rows, states, got, n: int = 10, eligible=None) -> None:
+def check_payload(head, keys, widths, rows, states, got, n: int = 10, eligible=None, stepwise=None) -> None:
     hidden = torch.stack([states[row - len(SIZES) : row + 1] for row in rows])
-    modes = torch.ones(len(widths), dtype=torch.bool, device="cuda")
+    modes = torch.tensor(stepwise or [True] * len(widths), device="cuda")
     expected = reference_beam_search(head, hidden, keys, torch.tensor(widths, device="cuda"), modes, eligible=eligible)
     for request, width in enumerate(widths):
         found = payload.unpack(got.token_ids[request], got.log_probs[request], got.ranks[request], len(SIZES))
-        kept = min(n, width)
-        assert found.num_valid == found.num_drafted == int(expected.valid_N[request])
+        assert found.num_valid == int(expected.valid_N[request])
+        assert found.num_drafted == int(expected.drafted_N[request])
+        kept = min(n, width, found.num_valid)
         scores = expected.scores_NK[request, :kept].cpu().numpy()
         assert np.allclose(found.log_probs.sum(1)[:kept], scores, atol=1e-4)
-        assert found.index.tolist()[:1] == expected.index_NK[request, :1].tolist()
+        assert found.index.tolist()[:1] == expected.index_NK[request, : min(1, kept)].tolist()
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 33, 96])
@@ -161,6 +164,54 @@ def test_graphs_search_in_catalogues_that_come_later(parts):
             before = torch.cuda.memory_allocated()
     assert graphs.graphs == captured
     assert torch.cuda.memory_allocated() < before + (1 << 19), "arrays of a catalogue that is gone are given back"
+
+
+def test_a_softmax_over_the_catalogue_is_over_the_one_that_a_request_is_searched_in(parts):
+    """Two catalogues, both modes and exclusion lists in one step."""
+    from nezha_vllm.engine.draft_graphs import DraftGraphs, Options
+    from nezha_vllm.triton_search import ALL, ALL_BUT, Plan
+
+    head = copy.copy(parts[0])
+    head.over_catalogue = True
+    catalogues = [torch.randint(0, 64**3, (count,), device="cuda").unique() for count in (200_000, 3000)]
+    plan = Plan(head, catalogues[0])
+    graphs = DraftGraphs(plan, 16, 64)
+    assert graphs.put(plan.over(catalogues[1]), None) == 1
+    rng = np.random.default_rng(0)
+    widths, rows, states = make_step(rng, 16)
+    widths = [min(width, 64) for width in widths]
+    places, stepwise = rng.integers(0, 2, 16).tolist(), [request % 3 > 0 for request in range(16)]
+    eligible: list[Eligible | None] = []
+    for request, place in enumerate(places):
+        best = reference_beam_search(
+            head,
+            states[None, rows[request] - len(SIZES) : rows[request] + 1],
+            catalogues[place],
+            torch.tensor([20], device="cuda"),
+            torch.tensor([True], device="cuda"),
+        )
+        eligible.append(None if request % 2 else Eligible(best.index_NK[0, ::2].sort().values, only=False))
+    options = [
+        Options(width, mode, ALL, place=place)
+        if rule is None
+        else Options(width, mode, ALL_BUT, rule.positions.cpu().numpy().astype(np.int32), place=place)
+        for width, mode, rule, place in zip(widths, stepwise, eligible, places, strict=True)
+    ]
+    event, answers = launch(graphs, (widths, rows, states), options)
+    event.synchronize()
+    got = payload.gather([(part, beams.numpy()) for part, beams in answers], 16, 10, len(SIZES))
+    for place, keys in enumerate(catalogues):
+        part = [request for request, where in enumerate(places) if where == place]
+        check_payload(
+            head,
+            keys,
+            [widths[request] for request in part],
+            [rows[request] for request in part],
+            states,
+            payload.HostPayload(*(values[part] for values in got)),
+            eligible=[eligible[request] for request in part],
+            stepwise=[stepwise[request] for request in part],
+        )
 
 
 def test_ten_thousand_requests_leave_no_memory_behind(parts):
