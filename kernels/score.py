@@ -38,7 +38,7 @@ def score_children(
             logit += tl.load(bias + request.to(tl.int64) * bias_stride + codes, mask=exists, other=0.0)
         valid = exists
         if tl.load(asked + num_requests + request) != 0:
-            # in front of the sums, which the loads' latency hides behind
+            # in front of the sums, which the loads' latency hides behind unless they wait for it
             prefix = tl.load(prefixes + row)
             keys, num_keys, ranks, table = catalogue_of(asked, num_requests, request, catalogues, words, level)
             if ROOT:  # no code yet: every key is below it

@@ -58,7 +58,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def make_checkpoint(
-    folder: Path, *, items: int = MOVIES, family: str = "llama", dtype: str = "float32", seed: int = 0
+    folder: Path,
+    *,
+    items: int = MOVIES,
+    family: str = "llama",
+    dtype: str = "float32",
+    seed: int = 0,
+    softmax: str = "codes",
 ) -> Path:
     """A checkpoint with random weights, large enough for scores that are well apart, and items that share IDs."""
     import torch
@@ -75,7 +81,7 @@ def make_checkpoint(
     segments = {name: np.arange(1, items + 1) % step > 0 for name, step in SEGMENTS.items()}
     catalogue = Catalogue.build(names, codes, LEVELS, metadata={"title": titles}, segments=segments)
     config, tokenizer = scratch_config(tiny_shape(family, hidden_size=128, num_hidden_layers=2), LEVELS)
-    config.initializer_range = 0.15
+    config.initializer_range, config.softmax = 0.15, softmax
     write_checkpoint(folder, config, tokenizer, catalogue, dtype=getattr(torch, dtype), seed=seed)
     return folder
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import key_sets, small_codebooks

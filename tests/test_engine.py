@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -111,11 +113,47 @@ def test_items_that_share_an_id_follow_each_other_in_the_catalogues_order(llm: L
     assert checked > 10
 
 
-def test_more_items_than_the_catalogue_has_are_all_of_them(tmp_path: Path) -> None:
-    with in_process(make_checkpoint(tmp_path / "small", items=5), max_model_len=64) as small:
-        output = ask(small, [{"prompt": "<item:item-3>"}], n=50)[0]
-    assert sorted(item.text for item in output.outputs) == [f"item-{i}" for i in range(1, 6)]
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LLM, Path]]:
+    """An engine of 400 items, whose softmax is over them."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("small") / "small", items=400, softmax="catalogue")
+    with in_process(folder, max_model_len=64, num_gpu_blocks_override=16) as engine:
+        yield engine, folder
+
+
+PROMPT = {"prompt": "<item:item-3><item:item-17>"}
+
+
+def test_more_items_than_the_catalogue_has_are_all_of_them(small: tuple[LLM, Path]) -> None:
+    output = ask(small[0], [PROMPT], n=512, beam_width=512)[0]
+    assert {item.text for item in output.outputs} == {f"item-{i}" for i in range(1, 401)}
     assert output.nezha.reason is not None
+
+
+def test_a_softmax_over_the_catalogue_is_served_as_the_reference_has_it(small: tuple[LLM, Path]) -> None:
+    from nezha_vllm.catalogue import Catalogue
+    from nezha_vllm.hf.modeling import NezhaLlamaForCausalLM
+
+    engine, folder = small
+    model = NezhaLlamaForCausalLM.from_pretrained(folder).eval()
+    catalogue = Catalogue.load(folder / "catalogue")
+
+    def reference(n: int, **options: Any) -> list[tuple[str, float]]:
+        [ranking] = model.recommend([["item-3", "item-17"]], n, catalogue=catalogue, **options)
+        return [(item.item_id, item.score) for item in ranking]
+
+    wide, narrow, final = {"beam_width": 512}, {"beam_width": 3}, {"beam_width": 512, "validity": "final"}
+    whole = of_output(ask(engine, [PROMPT], n=512, **wide)[0])
+    assert_same_answer(whole, reference(512, **wide))
+    scores_of = {tuple(catalogue.codes_of(item)): score for item, score in whole}
+    assert sum(map(math.exp, scores_of.values())) == pytest.approx(1, abs=1e-4)
+    left_out = [item for item, _ in whole[::2]]
+    [ruled] = ask(engine, [PROMPT], n=512, exclude_items=left_out, **wide)
+    assert_same_answer(of_output(ruled), [pair for pair in whole if pair[0] not in left_out])
+    assert_same_answer(of_output(ask(engine, [PROMPT], n=3, **narrow)[0]), reference(3, **narrow))
+    found = of_output(ask(engine, [PROMPT], n=512, **final)[0])
+    assert_same_answer(found, reference(512, **final))
+    assert 0 < sum(math.exp(score) for _, score in found) < 0.9
 
 
 def test_offline_beam_search_equals_generate(llm: LLM, checkpoint: Path) -> None:
