@@ -73,12 +73,12 @@ def _search(
         child_NBC = key_NB[..., None] * size + code_C
         strays = ((code_C < 0) | (code_C >= size)) | (key_NB[..., None] == NO_KEY)
         child_NBC = child_NBC.masked_fill(strays, NO_KEY)
-        allowed_NBC = has_key(keys_M, child_NBC * suffix, suffix) if stepwise else None
-        if stepwise and config.softmax == "catalogue":
-            log_p_NBC = among(log_p_NBC, allowed_NBC)
-        total_NBC = score_NB[..., None] + log_p_NBC
         if stepwise:
-            total_NBC = total_NBC.masked_fill(~allowed_NBC, -torch.inf)
+            allowed_NBC = has_key(keys_M, child_NBC * suffix, suffix)
+            if config.softmax == "catalogue":
+                log_p_NBC = among(log_p_NBC, allowed_NBC)
+            log_p_NBC = log_p_NBC.masked_fill(~allowed_NBC, -torch.inf)
+        total_NBC = score_NB[..., None] + log_p_NBC
         chosen_NK, alive_NK = select(total_NBC.flatten(1), widths_N)
         parent_NK, candidate_NK = chosen_NK // candidates, chosen_NK % candidates
         key_NB = child_NBC.flatten(1).gather(1, chosen_NK)
