@@ -76,7 +76,7 @@ def load_item_tokens(folder: str | os.PathLike[str], config: NezhaConfig) -> Ite
 
 def checked(keys: np.ndarray, config: NezhaConfig, where: str) -> ItemTokens:
     """Raises ``ValueError`` for keys that cannot be those of the configuration."""
-    ascending = len(keys) > 0 and bool((np.diff(keys) > 0).all()) and 0 <= keys[0] and keys[-1] < config.codec.capacity
+    ascending = len(keys) > 0 and bool((np.diff(keys) > 0).all()) and keys[0] >= 0 and keys[-1] < config.codec.capacity
     if len(keys) != config.num_item_tokens or not ascending:
         raise ValueError(
             f"{where}: {KEYS} in model.safetensors are not the {config.num_item_tokens} semantic IDs that config.json "

@@ -140,7 +140,13 @@ def test_tied_codes_and_the_loss_over_items_leave_a_plain_checkpoint(catalogue, 
     split = rings.leave_one_out()
     model, _ = start(catalogue)
     names = set(model.state_dict())
-    more = {"tie_codes": "both", "item_loss": 0.5, "level_weights": (2.0, 1.0, 1.0), "label_smoothing": 0.01}
+    more = {
+        "item_tokens": 0,
+        "tie_codes": "both",
+        "item_loss": 0.5,
+        "level_weights": (2.0, 1.0, 1.0),
+        "label_smoothing": 0.01,
+    }
     fit(model, catalogue, split, TrainingOptions(**(FAST | more)), tmp_path / "run", write=lambda line: None)
     assert set(model.state_dict()) == names
     plain, _ = start(catalogue)  # nothing but the weights
@@ -165,7 +171,7 @@ def test_averaged_weights_are_what_is_validated_and_kept(catalogue, rings, tmp_p
     start_at, found = start(catalogue)[0], []
     for average in (0.0, 0.999999):
         model, _ = start(catalogue)
-        options = TrainingOptions(**(FAST | {"epochs": 3, "average": average}))
+        options = TrainingOptions(**(FAST | {"epochs": 3, "average": average, "item_tokens": 0}))
         trainer = fit(model, catalogue, split, options, tmp_path / "run", write=lambda line: None)
         kept = target_loss(model, catalogue, split.train, split.valid_target, max_history=6)
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]

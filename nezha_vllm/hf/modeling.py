@@ -106,7 +106,10 @@ class _NezhaMixin(PreTrainedModel):
                 raise ValueError("a 4-D attention_mask needs read_positions")
             read_positions = self._last_positions(attention_mask)[:, None]
         hidden_NQH = self.model(
-            inputs_embeds=self.embedded(input_ids), attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            inputs_embeds=self.embedded(input_ids),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
         ).last_hidden_state
         if self.config.method in WITHOUT_PLACEHOLDERS:
             read_positions = read_positions[..., :1].expand_as(read_positions)

@@ -19,8 +19,8 @@ from nezha_vllm.training.metrics import CUTOFFS, UNRANKED, ranks_of
 if TYPE_CHECKING:
     from nezha_vllm.catalogue import Catalogue
     from nezha_vllm.config import NezhaConfig
-    from nezha_vllm.item_tokens import ItemTokens
     from nezha_vllm.hf.modeling import NezhaLlamaForCausalLM, NezhaQwen3ForCausalLM
+    from nezha_vllm.item_tokens import ItemTokens
 
     NezhaModel = NezhaLlamaForCausalLM | NezhaQwen3ForCausalLM
 
@@ -191,4 +191,4 @@ def target_loss(
     model: NezhaModel, catalogue: Catalogue, histories: Sequence[Sequence[str]], targets: Sequence[str], **options: Any
 ) -> float:
     """``HeldOut.loss`` of histories that are asked once."""
-    return HeldOut(model.config, catalogue, histories, targets, **options).loss(model)
+    return HeldOut(model.config, catalogue, histories, targets, item_tokens=model.item_tokens, **options).loss(model)

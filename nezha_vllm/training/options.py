@@ -51,7 +51,15 @@ class TrainingOptions:
             raise ValueError(f"the learning rate must be positive, got {self.learning_rate}")
         if self.item_tokens < 0:
             raise ValueError(f"item tokens must be at least 0, got {self.item_tokens}")
-        for name in ("dropout", "item_dropout", "item_token_dropout", "head_dropout", "label_smoothing", "average", "warmup"):
+        for name in (
+            "dropout",
+            "item_dropout",
+            "item_token_dropout",
+            "head_dropout",
+            "label_smoothing",
+            "average",
+            "warmup",
+        ):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', ' ')} must be in [0, 1), got {getattr(self, name)}")
         if self.item_loss < 0 or any(weight <= 0 for weight in self.level_weights):
