@@ -65,8 +65,12 @@ def make_checkpoint(
     dtype: str = "float32",
     seed: int = 0,
     softmax: str = "codes",
+    item_tokens: int = 0,
 ) -> Path:
-    """A checkpoint with random weights, large enough for scores that are well apart, and items that share IDs."""
+    """A checkpoint with random weights, large enough for scores that are well apart, and items that share IDs.
+
+    ``item_tokens``: every other semantic ID has one, that many at most.
+    """
     import torch
 
     from nezha_vllm.catalogue import Catalogue
@@ -83,7 +87,24 @@ def make_checkpoint(
     config, tokenizer = scratch_config(tiny_shape(family, hidden_size=128, num_hidden_layers=2), LEVELS)
     config.initializer_range, config.softmax = 0.15, softmax
     write_checkpoint(folder, config, tokenizer, catalogue, dtype=getattr(torch, dtype), seed=seed)
+    if item_tokens:
+        give_item_tokens(folder, catalogue.keys[::2][:item_tokens])
     return folder
+
+
+def give_item_tokens(folder: Path, keys: np.ndarray) -> None:
+    """As training leaves them, with vectors that count for as much as those of the codes."""
+    from transformers import AutoModelForCausalLM
+
+    from nezha_vllm.hf.modeling import register_models
+    from nezha_vllm.training.item_embeddings import ItemEmbeddings
+
+    register_models()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.item_embeddings = ItemEmbeddings(model.config, keys, model.model.embed_tokens)
+    model.item_embeddings.own.weight.data.normal_(std=0.15)
+    model.settle_item_tokens()
+    model.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

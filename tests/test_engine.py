@@ -115,8 +115,8 @@ def test_items_that_share_an_id_follow_each_other_in_the_catalogues_order(llm: L
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LLM, Path]]:
-    """An engine of 400 items, whose softmax is over them."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("small") / "small", items=400, softmax="catalogue")
+    """An engine of 400 items, whose softmax is over them, with tokens for half of their semantic IDs."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("small") / "small", items=400, softmax="catalogue", item_tokens=200)
     with in_process(folder, max_model_len=64, num_gpu_blocks_override=16) as engine:
         yield engine, folder
 
@@ -154,6 +154,31 @@ def test_a_softmax_over_the_catalogue_is_served_as_the_reference_has_it(small: t
     found = of_output(ask(engine, [PROMPT], n=512, **final)[0])
     assert_same_answer(found, reference(512, **final))
     assert 0 < sum(math.exp(score) for _, score in found) < 0.9
+
+
+def test_items_with_and_without_tokens_are_served_as_the_reference_has_them(small: tuple[LLM, Path]) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    from nezha_vllm.catalogue import Catalogue
+    from nezha_vllm.hf.modeling import NezhaLlamaForCausalLM
+
+    engine, folder = small
+    model, catalogue = NezhaLlamaForCausalLM.from_pretrained(folder).eval(), Catalogue.load(folder / "catalogue")
+    history = [f"item-{i}" for i in range(1, 12)]
+    codes = np.array([catalogue.codes_of(item) for item in history])
+    tokens = codes + model.config.code_token_offsets
+    known = model.item_tokens.put(tokens)[:, -1] >= model.config.first_item_token
+    assert 2 < known.sum() < 9
+    [ranking] = model.recommend([history], 200, catalogue=catalogue, beam_width=512)
+    expected = [(item.item_id, item.score) for item in ranking]
+    named = {"prompt": "".join(f"<item:{item}>" for item in history)}
+    coded = {"prompt_token_ids": tokens.ravel().tolist()}
+    for prompt in (named, coded):
+        assert_same_answer(of_output(ask(engine, [prompt], n=200, beam_width=512)[0]), expected)
+    unseen = of_output(ask(engine, [named], n=200, beam_width=512, exclude_history=True)[0])
+    assert not set(history) & {item for item, _ in unseen}
+    with pytest.raises(VLLMValidationError, match="token ids outside"):  # it would hide an item from `exclude_history`
+        ask(engine, [{"prompt_token_ids": [model.config.first_item_token]}])
 
 
 def test_offline_beam_search_equals_generate(llm: LLM, checkpoint: Path) -> None:
