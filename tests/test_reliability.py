@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
+from benchmarks.reliability import load
+from benchmarks.reliability.processes import print_memory
 from benchmarks.reliability.questions import Questions
 from benchmarks.reliability.versions import difference
 
@@ -104,3 +109,40 @@ def test_no_reference_is_asked_for_more_items_than_its_beam_finds(margin, monkey
     monkeypatch.setattr("benchmarks.reliability.questions.ProcessPoolExecutor", Here)
     Questions.of_model(Path("m"), [], [["i"]], 10, depth=50, beam_width=128, margin=margin)
     assert asked == {1: [(50, 128)], 4: [(32, 32), (50, 512)]}[margin]
+
+
+@pytest.fixture
+def gpu_looks(tmp_path, monkeypatch):
+    """The words of each call of an `nvidia-smi` that knows one GPU."""
+    program, calls = tmp_path / "nvidia-smi", tmp_path / "calls"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {calls}\necho "3, 70"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return lambda: calls.read_text().splitlines() if calls.is_file() else []
+
+
+def test_gpus_are_looked_at_between_loads_only_and_no_others_than_the_servers(gpu_looks, monkeypatch, capfd):
+    quiet = SimpleNamespace(since=lambda _: SimpleNamespace(quantile=lambda *_: None))
+    monkeypatch.setattr(load, "metrics_of", lambda *_, **__: quiet)
+    monkeypatch.setattr(load, "SAMPLE_SECONDS", 0.02)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with load.Watch("http://server", os.getpgid(0)) as watch:
+        time.sleep(0.5)
+        assert len(gpu_looks()) == 1
+        watch.part()
+        time.sleep(0.5)
+        assert len(gpu_looks()) == 2
+    assert len(gpu_looks()) == 3
+    assert all("-i 3 " in call for call in gpu_looks())
+    watch.report()
+    found = capfd.readouterr().out
+    assert "GPU 3: 70, 70, 70 MiB" in found
+    assert "MiB at first" in found, "processes are sampled all the time"
+
+
+def test_memory_of_what_is_in_a_few_samples_is_told_as_it_was(capfd):
+    print_memory([{"a": 5 << 20, "b": 1 << 20}] + [{"a": 6 << 20}] * 10 + [{"a": 7 << 20, "b": 2 << 20}])
+    assert capfd.readouterr().out.splitlines() == [
+        "a: 5 MiB at first, 6 in the second fifth, 6 in the last, 7 at most",
+        "b: 1, 2 MiB",
+    ]

@@ -5,7 +5,7 @@
 The versions differ in items and codes, or are those of `--catalogues`, with the items of the checkpoint's own; each
 second publication is followed by a rollback. A fifth of the requests goes to vLLM's own handler. Prints how many
 answers came of each version, what was wrong, latency in the second after a swap and otherwise, and the memory of each
-process.
+process, and of the GPUs in ``CUDA_VISIBLE_DEVICES`` before and after.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.reliability.clients import Tally
 from benchmarks.reliability.crowd import Crowd
-from benchmarks.reliability.processes import print_memory, used_bytes
+from benchmarks.reliability.processes import print_memory, resident_bytes, used_bytes
 from benchmarks.reliability.questions import Questions, some_histories
 from benchmarks.reliability.start import parser, questions, split
 from benchmarks.reliability.versions import versions_of
@@ -39,7 +39,7 @@ FOR_VLLM = 0.2  # of the requests go to vLLM's own handler
 
 
 class Swaps(threading.Thread):
-    """Publications and rollbacks until ``stop``: when each was, and memory before it."""
+    """Publications and rollbacks until ``stop``: when each was, and the processes' memory before it."""
 
     def __init__(self, store: Store, folders: Sequence[Path], every: float, group: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Swaps(threading.Thread):
 
     def _swap(self) -> None:
         while not self.stop.wait(self._every):
-            self.memory.append(used_bytes(self._group))
+            self.memory.append(resident_bytes(self._group))
             if len(self.times) % 3 == 2:
                 pointer = self._store.rollback()
             else:
