@@ -48,6 +48,7 @@ def measure(arguments: argparse.Namespace, catalogue: Path, vllm_args: Sequence[
         files = file_bytes(group)
         for name, size in used_bytes(group).items():
             print(f"  {name}: {size >> 20} MiB of its own, {files.get(name, 0) >> 20} MiB of files")
+        server.wrong = wrong
     return wrong
 
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
-from benchmarks.reliability import load
+from benchmarks.reliability import load, start
 from benchmarks.reliability.processes import print_memory
 from benchmarks.reliability.questions import Questions
 from benchmarks.reliability.versions import difference
@@ -146,3 +146,54 @@ def test_memory_of_what_is_in_a_few_samples_is_told_as_it_was(capfd):
         "a: 5 MiB at first, 6 in the second fifth, 6 in the last, 7 at most",
         "b: 1, 2 MiB",
     ]
+
+
+@pytest.fixture
+def server_argv(tmp_path, monkeypatch):
+    """Servers are ready at once, log one line, and are told these arguments."""
+    given = tmp_path / "argv"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+
+    def command(checkpoint, arguments):
+        given.write_text(json.dumps(arguments))
+        return ["sh", "-c", "echo a line of the log; sleep 60"]
+
+    monkeypatch.setattr("nezha_vllm.server.command", command)
+    monkeypatch.setattr(start.MeasuredServer, "wait_until_ready", lambda self, timeout: time.sleep(0.2) or 0.2)
+    return lambda: json.loads(given.read_text())
+
+
+def test_a_servers_log_goes_if_nothing_was_wrong(server_argv, tmp_path, capfd):
+    with start.started(tmp_path) as server:
+        assert server.log.is_file()
+    assert not server.log.parent.exists()
+    assert "log" not in capfd.readouterr().out
+    assert "--disable-uvicorn-access-log" in server_argv()
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_a_servers_log_stays_after_a_problem(server_argv, tmp_path, capfd, error):
+    def use() -> None:
+        with start.started(tmp_path) as server:
+            logs.append(server.log)
+            server.wrong = 2
+            if error:
+                server.wrong = 0
+                raise error
+
+    logs: list[Path] = []
+    if error:
+        with pytest.raises(error):
+            use()
+    else:
+        use()
+    assert logs[0].read_text() == "a line of the log\n"
+    assert f"the server's log: {logs[0]}\n" in capfd.readouterr().out
+
+
+def test_a_log_with_a_place_stays_there(server_argv, tmp_path):
+    with start.started(tmp_path, log=tmp_path / "kept.txt"):
+        pass
+    assert (tmp_path / "kept.txt").read_text() == "a line of the log\n"
+    assert not list(tmp_path.glob("nezha-reliability-*"))

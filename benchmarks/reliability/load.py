@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, vllm_args = split(sys.argv[1:] if argv is None else argv)
     arguments = _parse(own)
     with ExitStack() as stack:
-        url, group = arguments.url, None
+        url, group, server = arguments.url, None, None
         asked = questions(arguments) if arguments.expect == "model" else None
         if url is None:
             server = stack.enter_context(started(arguments.model, vllm_args, arguments.dtype))
@@ -117,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Watch(url, group) as watch:
             failures = run(arguments, crowd, watch)
         watch.report()
+        if server is not None:
+            server.wrong = failures
     return 1 if failures else 0
 
 
