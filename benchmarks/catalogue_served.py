@@ -9,7 +9,6 @@ it is quiet, and every later answer is compared with that one.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from benchmarks.additional import with_nezha
 from benchmarks.reliability.crowd import Crowd
 from benchmarks.reliability.processes import file_bytes, used_bytes
 from benchmarks.reliability.questions import Questions
@@ -33,9 +33,8 @@ JSON = {"Content-Type": "application/json"}
 def measure(arguments: argparse.Namespace, catalogue: Path, vllm_args: Sequence[str]) -> int:
     """How many answers were wrong or missing."""
     print(f"{catalogue}:", flush=True)
-    options = json.dumps({"nezha": {"catalogue": str(catalogue.resolve())}})
-    wrong = 0
-    with started(arguments.model, ["--additional-config", options, *vllm_args], arguments.dtype) as server:
+    vllm_args, wrong = with_nezha(vllm_args, catalogue=str(catalogue.resolve())), 0
+    with started(arguments.model, vllm_args, arguments.dtype) as server:
         group, asked = server.process.pid, questions(arguments, url=server.url)
         with Crowd(server.url, asked, arguments.processes) as crowd:
             crowd.closed_loop(max(arguments.clients), 3.0)  # warm-up

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
+from benchmarks.additional import nezha_options, with_nezha
 from benchmarks.reliability import load, start
 from benchmarks.reliability.processes import print_memory
 from benchmarks.reliability.questions import Questions
@@ -197,3 +198,33 @@ def test_a_log_with_a_place_stays_there(server_argv, tmp_path):
         pass
     assert (tmp_path / "kept.txt").read_text() == "a line of the log\n"
     assert not list(tmp_path.glob("nezha-reliability-*"))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--additional-config", '{"a": 1, "nezha": {"lean_step": false}}'],
+        ['--additional_config={"a": 1, "nezha": {"lean_step": false}}'],
+        ["--additional-config", '{"b": 2}', "--additional-config", '{"a": 1, "nezha": {"lean_step": false}}'],
+    ],
+)
+def test_options_of_a_script_stand_beside_those_behind_the_dashes(given):
+    flag, text, *others = with_nezha([*given, "--seed", "1"], catalogue="c")
+    assert (flag, others) == ("--additional-config", ["--seed", "1"])
+    assert json.loads(text) == {"a": 1, "nezha": {"lean_step": False, "catalogue": "c"}}
+    assert nezha_options(given) == {"lean_step": False}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--additional-config", '{"nezha": {"catalogue": "mine"}}'], "catalogue is set by this script"),
+        (["--additional-config.nezha.lean_step", "false"], "write it as one object"),
+        (["--additional-config", "{"], "'{' is not JSON"),
+        (["--additional-config"], "'' is not JSON"),
+        (['--additional-config={"nezha": 3}'], "must be objects"),
+    ],
+)
+def test_options_that_cannot_stand_beside_a_scripts_are_refused(given, words):
+    with pytest.raises(SystemExit, match=words):
+        with_nezha(given, catalogue="c")

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.additional import with_nezha
 from benchmarks.reliability.clients import Tally
 from benchmarks.reliability.crowd import Crowd
 from benchmarks.reliability.processes import print_memory, resident_bytes, used_bytes
@@ -75,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace, vllm_args: list[str], folder: Path) -> int:
+    store = Store(arguments.store or folder / "store")
+    vllm_args = with_nezha(vllm_args, catalogue=str(store.folder), catalogue_poll_seconds=arguments.poll)
     asked, folders = None, arguments.catalogues
     if not folders:
         own = Catalogue.load(arguments.model / "catalogue")
@@ -83,10 +86,7 @@ def run(arguments: argparse.Namespace, vllm_args: list[str], folder: Path) -> in
         asked, folders = questions(arguments, versions), [folder / name for name in NAMES]
         for version, place in zip(versions, folders, strict=True):
             version.save(place)
-    store = Store(arguments.store or folder / "store")
     store.publish(folders[0], force=True)
-    options = {"nezha": {"catalogue": str(store.folder), "catalogue_poll_seconds": arguments.poll}}
-    vllm_args = ["--additional-config", json.dumps(options), *vllm_args]
     with started(arguments.model, vllm_args, arguments.dtype, arguments.keep_log) as server:
         asked = asked or _as_it_answers(arguments, server.url, store, folders)
         with Crowd(server.url, asked, arguments.processes, FOR_VLLM) as crowd:
