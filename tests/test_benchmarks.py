@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
-from benchmarks import floors
+from benchmarks import floors, wrk
 from benchmarks.agreement import said
 from benchmarks.choose import newest, one_machine
 from benchmarks.gpu_parts import backbone_work, sort_kernels
@@ -270,6 +270,13 @@ def test_the_busiest_gpu_is_the_one_with_the_highest_mean():
     assert busiest_gpu("0, 0\n1, 0\n0, 50\n1, 90\n0, 100\n1, 100\n") == pytest.approx(0.95)
     assert busiest_gpu("0, 7\n") is None  # of before
     assert busiest_gpu("0, [N/A]\n0, [N/A]\n") is None
+
+
+@pytest.mark.parametrize(("cores", "clients", "threads"), [(16, 64, 4), (16, 1, 1), (3, 64, 1)])
+def test_wrk_takes_a_quarter_of_the_cores_that_it_may_use(cores, clients, threads, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 192)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert wrk.threads(clients) == threads
 
 
 def test_a_busy_process_of_a_server_is_seen():
