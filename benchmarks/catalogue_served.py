@@ -4,6 +4,10 @@
 
 Catalogues must have the items of the checkpoint's own, as random ones have. Each server answers every prompt once when
 it is quiet, and every later answer is compared with that one.
+
+It prints and writes no rows: its clients check every answer, at a thousand a second and process, so their latency is
+for a comparison of its catalogues alone. Rows of a server with another catalogue are those of ``benchmarks.latency``
+and ``throughput`` with ``-- --additional-config '{"nezha": {"catalogue": "/…/build/large"}}'``.
 """
 
 from __future__ import annotations

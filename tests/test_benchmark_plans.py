@@ -78,6 +78,7 @@ def test_systems_are_asked_what_they_can_answer_once():
         (SERVER.replace('["nezha"]', '["nezha", "vllm-beam"]'), "a server, of its own"),
         (SERVER.replace('["nezha"]', '["hf-beam"]'), "not \\['hf-beam'\\]"),
         (SERVER + 'latency = ["128"]\n', "step s: '128': write prompt tokens:K:n"),
+        (SERVER + 'vllm = ["--additional-config.nezha.catalogue", "c"]\n', "step s: .* write it as one object"),
         ('[[steps]]\nname = "s"\n', "systems"),
         (SERVER + SERVER.partition("[[steps]]")[1] + SERVER.partition("[[steps]]")[2], "two steps are called 's'"),
     ],

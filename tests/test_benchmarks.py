@@ -22,11 +22,16 @@ from benchmarks.choose import newest, one_machine
 from benchmarks.gpu_parts import backbone_work, sort_kernels
 from benchmarks.host_steps import HostSteps
 from benchmarks.machine import ROOT
+from benchmarks.measure import Recorder
+from benchmarks.options import make_parser, parse
 from benchmarks.profile import by_part
 from benchmarks.rows import COLUMNS, Row, append, percentile, read
 from benchmarks.search_case import label
 from benchmarks.tables import fill, make_tables
 from benchmarks.usage import busiest_gpu, watching
+from benchmarks.workload import Cell, Workload
+from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.store import Store
 
 PAPER = floors.Search(requests=1, width=512, sizes=(512, 512, 512), hidden=2048)
 
@@ -294,3 +299,29 @@ def test_a_busy_process_of_a_server_is_seen():
     with watching(None) as found:
         pass
     assert found == {}
+
+
+def test_a_row_counts_the_items_of_the_catalogue_that_the_server_was_given(checkpoint, tmp_path):
+    workload = Workload.of(checkpoint)
+    own, sizes = workload.catalogue.num_items, workload.config["codebook_sizes"]
+    store = Store(tmp_path / "store")
+    for count in (3, 5):
+        names, codes = [f"item-{row}" for row in range(count)], np.arange(count)[:, None].repeat(len(sizes), 1)
+        version = Catalogue.build(names, codes, sizes, version=f"v{count}")
+        version.save(tmp_path / f"v{count}")
+        store.publish(tmp_path / f"v{count}", force=True)
+
+    def items(system, *vllm_args):
+        argv = ["--model", str(checkpoint), "--results", str(tmp_path), "--", *vllm_args]
+        recorder = Recorder("latency", parse(make_parser(""), argv), workload)
+        return recorder.add(system, Cell(128, 10, 10)).items
+
+    def given(folder, **more):
+        return "--additional-config", json.dumps({"nezha": {"catalogue": str(folder), **more}})
+
+    assert items("nezha") == own
+    assert items("nezha", *given(tmp_path / "v3")) == 3
+    assert items("nezha", *given(store.folder)) == 5
+    assert items("nezha", *given(store.folder, catalogue_version="v3")) == 3
+    assert items("nezha", *given("catalogue")) == own, "a folder of the checkpoint"
+    assert items("vllm-beam", *given(tmp_path / "v3")) == own, "stock vLLM knows no catalogue"
