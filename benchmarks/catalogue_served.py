@@ -4,12 +4,15 @@
 
 Catalogues must have the items of the checkpoint's own, as random ones have. Each server answers every prompt once when
 it is quiet, and every later answer is compared with that one.
+
+It prints and writes no rows: its clients check every answer, at a thousand a second and process, so their latency is
+for a comparison of its catalogues alone. Rows of a server with another catalogue are those of ``benchmarks.latency``
+and ``throughput`` with ``-- --additional-config '{"nezha": {"catalogue": "/…/build/large"}}'``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +23,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from benchmarks.additional import with_nezha
 from benchmarks.reliability.crowd import Crowd
 from benchmarks.reliability.processes import file_bytes, used_bytes
 from benchmarks.reliability.questions import Questions
@@ -33,9 +37,8 @@ JSON = {"Content-Type": "application/json"}
 def measure(arguments: argparse.Namespace, catalogue: Path, vllm_args: Sequence[str]) -> int:
     """How many answers were wrong or missing."""
     print(f"{catalogue}:", flush=True)
-    options = json.dumps({"nezha": {"catalogue": str(catalogue.resolve())}})
-    wrong = 0
-    with started(arguments.model, ["--additional-config", options, *vllm_args], arguments.dtype) as server:
+    vllm_args, wrong = with_nezha(vllm_args, catalogue=str(catalogue.resolve())), 0
+    with started(arguments.model, vllm_args, arguments.dtype) as server:
         group, asked = server.process.pid, questions(arguments, url=server.url)
         with Crowd(server.url, asked, arguments.processes) as crowd:
             crowd.closed_loop(max(arguments.clients), 3.0)  # warm-up
@@ -48,6 +51,7 @@ def measure(arguments: argparse.Namespace, catalogue: Path, vllm_args: Sequence[
         files = file_bytes(group)
         for name, size in used_bytes(group).items():
             print(f"  {name}: {size >> 20} MiB of its own, {files.get(name, 0) >> 20} MiB of files")
+        server.wrong = wrong
     return wrong
 
 

@@ -44,10 +44,15 @@ def commit() -> str:
     return f"{found}-dirty" if found and changed else found
 
 
+def of_gpus(gpus: str = "") -> list[str]:
+    """Words that keep ``nvidia-smi`` to these GPUs, or to those of ``CUDA_VISIBLE_DEVICES``; none for all of them."""
+    chosen = gpus or os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return ["-i", chosen] if chosen else []
+
+
 def _gpu() -> tuple[str, str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    chosen = ["-i", visible] if visible else []
-    listed = _output("nvidia-smi", *chosen, "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines()
+    asked = ["--query-gpu=name,driver_version", "--format=csv,noheader"]
+    listed = _output("nvidia-smi", *of_gpus(), *asked).splitlines()
     if not listed:
         return f"none, {os.cpu_count()} CPU cores", ""
     name, driver = (part.strip() for part in listed[0].split(","))

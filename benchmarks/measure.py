@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.additional import nezha_options
 from benchmarks.machine import describe
 from benchmarks.rows import Row, append
 from benchmarks.workload import Cell, Workload
+from nezha_vllm.pointer import is_store, read_steadily, version_folder
 
 WARM_UPS = 5
 SHOWN = {
@@ -52,7 +56,7 @@ class Recorder:
             prompt_tokens=cell.prompt_tokens,
             levels=self.workload.levels,
             codes=max(config["codebook_sizes"]),
-            items=self.workload.catalogue.num_items,
+            items=self.items if system == "nezha" else self.workload.catalogue.num_items,
             beam_width=cell.beam_width,
             n=cell.n,
             **({"settings": " ".join(arguments.vllm_args), "transport": arguments.over} | columns),
@@ -60,6 +64,21 @@ class Recorder:
         append(self.benchmark, row, arguments.results)
         self.rows.append(row)
         return row
+
+    @cached_property
+    def items(self) -> int:
+        """Of the catalogue that NEZHA is told to take; prompts are of the checkpoint's own whatever it is.
+
+        By the manifest: 100 million items take a minute and 10 GiB to load.
+        """
+        options = nezha_options(self.arguments.vllm_args)
+        if "catalogue" not in options:
+            return self.workload.catalogue.num_items
+        folder, version = Path(self.arguments.model, options["catalogue"]), options.get("catalogue_version")
+        if version is not None and is_store(folder):
+            folder = version_folder(folder, version)
+        items: int = read_steadily(folder, lambda _, manifest: manifest["num_items"])
+        return items
 
     def print(self) -> None:
         print_rows(self.rows, f"{self.benchmark}, {self.arguments.label}")

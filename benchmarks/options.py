@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.additional import nezha_options
 from benchmarks.rows import RESULTS
 from benchmarks.workload import parse_beams
 
@@ -48,6 +49,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     cut = argv.index("--") if "--" in argv else len(argv)
     arguments = parser.parse_args(argv[:cut])
     arguments.argv, arguments.vllm_args = argv[:cut], argv[cut + 1 :]
+    try:
+        nezha_options(arguments.vllm_args)  # which rows count the items by
+    except ValueError as error:
+        parser.error(str(error))
     if "--dtype" not in arguments.vllm_args:  # vLLM's "auto" may choose differently for the model and its peers
         arguments.vllm_args = ["--dtype", checkpoint_dtype(arguments.model, parser), *arguments.vllm_args]
     arguments.prefix_caching = "--no-enable-prefix-caching" not in arguments.vllm_args

@@ -20,6 +20,7 @@ BEHIND = 0.95  # of an open loop's rate: what answers fewer requests/s fell behi
 class Row:
     """One measurement; None where a figure does not apply or could not be had, which ``note`` then explains.
 
+    ``items`` are those of the catalogue that was searched; prompts are of the checkpoint's own.
     ``prompt_tokens`` is the size that was asked for, ``engine_tokens`` what the engine read, placeholders included.
     ``load`` is "one" (a request after the other), "closed" (``concurrency`` clients), "open" (Poisson arrivals at
     ``request_rate``) or "batch" (``concurrency`` prompts in one call). ``generator`` is what sent the requests.

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import latency, throughput, wrk
+from benchmarks.additional import nezha_options
 from benchmarks.machine import ROOT
 from benchmarks.measure import Recorder
 from benchmarks.options import SERVED, make_parser, parse
@@ -102,6 +103,10 @@ def _step(path: Path, number: int, raw: Mapping[str, Any]) -> ServerStep | Comma
                 parse_cell(text)
             except ValueError:
                 raise ValueError(f"{path}: step {step.name}: {text!r}: write prompt tokens:K:n, 1 ≤ n ≤ K") from None
+        try:
+            nezha_options(step.vllm)
+        except ValueError as error:
+            raise ValueError(f"{path}: step {step.name}: {error}") from None
     return step
 
 

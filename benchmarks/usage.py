@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.machine import of_gpus
 from benchmarks.reliability.processes import processes
 
 KINDS = {"EngineCore": "engine_cores", "ApiServer": "api_cores", "APIServer": "api_cores", "vllm serve": "api_cores"}
@@ -52,7 +53,7 @@ def watching_gpus(gpus: str = "") -> Iterator[dict[str, float]]:
     """``gpu_busy`` for the time of the block, filled when it ends, if there are GPUs.
 
     Args:
-        gpus: indices, as in ``CUDA_VISIBLE_DEVICES``; all of them if empty.
+        gpus: indices, as in ``CUDA_VISIBLE_DEVICES``, which rules if empty.
     """
     found: dict[str, float] = {}
     sampler = _sample_gpus(gpus)
@@ -80,10 +81,9 @@ def busiest_gpu(text: str) -> float | None:
 def _sample_gpus(gpus: str) -> subprocess.Popen[str] | None:
     if shutil.which("nvidia-smi") is None:
         return None
-    chosen = ["-i", gpus] if gpus else []
     asked = ["--query-gpu=index,utilization.gpu", "--format=csv,noheader,nounits", "-lms", str(SAMPLE_MS)]
     return subprocess.Popen(
-        ["nvidia-smi", *chosen, *asked], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ["nvidia-smi", *of_gpus(gpus), *asked], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
 
 

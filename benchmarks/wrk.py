@@ -49,10 +49,14 @@ def open_loop(target: Target, cell: Cell, rate: float, seconds: float, seed: int
     return {"generator": f"{version()}, {users:,} users"} | found
 
 
+def threads(clients: int) -> int:
+    """A quarter of the cores that this process may use, at most one a client."""
+    return min(clients, max(1, len(os.sched_getaffinity(0)) // 4))
+
+
 def _load(target: Target, cell: Cell, clients: int, pause_ms: int, seconds: float, seed: int) -> dict[str, Any]:
     body = json.dumps(target.body(cell))
-    threads = min(clients, max(1, (os.cpu_count() or 1) // 4))
-    argv = ["wrk", "--latency", "-t", str(threads), "-c", str(clients), "-d", f"{max(1, round(seconds))}s"]
+    argv = ["wrk", "--latency", "-t", str(threads(clients)), "-c", str(clients), "-d", f"{max(1, round(seconds))}s"]
     # of the longest request; wrk sets aside 8 MB a second of it, and never touches most of that
     argv += ["--timeout", f"{max(10, round(2 * seconds))}s", "-s", str(SCRIPT), f"{target.url}/v1/completions", "--"]
     argv += [_items(target), body[:-1] + ', "prompt": "', '"}', str(target.workload.history_items(cell.prompt_tokens))]

@@ -32,6 +32,17 @@ def test_a_plan_of_the_repository_names_models_and_flags_that_exist(name):
             assert (ROOT / Path(*step.command[0].split("."))).with_suffix(".py").is_file()
 
 
+@pytest.mark.parametrize("name", ["h100", "several-gpus"])
+def test_rows_of_servers_with_other_flags_have_other_names(name):
+    steps = Plan.load(ROOT / "benchmarks" / "plans" / f"{name}.toml").steps
+    labels = [step.label or step.model for step in steps if isinstance(step, ServerStep)]
+    assert len(set(labels)) == len(labels)
+    for step in steps:
+        if isinstance(step, ServerStep) and step.systems == ["nezha"]:
+            assert ("no async scheduling" in step.label) == ("--no-async-scheduling" in step.vllm), step.name
+            assert step.label, step.name
+
+
 def test_servers_that_start_together_fit_their_gpus():
     """Each at least its weights and cache; a GPU of 80 GB is not promised more."""
     from nezha_vllm.hf.backbones import BACKBONES
@@ -67,6 +78,7 @@ def test_systems_are_asked_what_they_can_answer_once():
         (SERVER.replace('["nezha"]', '["nezha", "vllm-beam"]'), "a server, of its own"),
         (SERVER.replace('["nezha"]', '["hf-beam"]'), "not \\['hf-beam'\\]"),
         (SERVER + 'latency = ["128"]\n', "step s: '128': write prompt tokens:K:n"),
+        (SERVER + 'vllm = ["--additional-config.nezha.catalogue", "c"]\n', "step s: .* write it as one object"),
         ('[[steps]]\nname = "s"\n', "systems"),
         (SERVER + SERVER.partition("[[steps]]")[1] + SERVER.partition("[[steps]]")[2], "two steps are called 's'"),
     ],

@@ -16,17 +16,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
-from benchmarks import floors
+from benchmarks import floors, wrk
 from benchmarks.agreement import said
 from benchmarks.choose import newest, one_machine
 from benchmarks.gpu_parts import backbone_work, sort_kernels
 from benchmarks.host_steps import HostSteps
 from benchmarks.machine import ROOT
+from benchmarks.measure import Recorder
+from benchmarks.options import make_parser, parse
 from benchmarks.profile import by_part
 from benchmarks.rows import COLUMNS, Row, append, percentile, read
 from benchmarks.search_case import label
 from benchmarks.tables import fill, make_tables
 from benchmarks.usage import busiest_gpu, watching
+from benchmarks.workload import Cell, Workload
+from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.store import Store
 
 PAPER = floors.Search(requests=1, width=512, sizes=(512, 512, 512), hidden=2048)
 
@@ -272,6 +277,13 @@ def test_the_busiest_gpu_is_the_one_with_the_highest_mean():
     assert busiest_gpu("0, [N/A]\n0, [N/A]\n") is None
 
 
+@pytest.mark.parametrize(("cores", "clients", "threads"), [(16, 64, 4), (16, 1, 1), (3, 64, 1)])
+def test_wrk_takes_a_quarter_of_the_cores_that_it_may_use(cores, clients, threads, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 192)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert wrk.threads(clients) == threads
+
+
 def test_a_busy_process_of_a_server_is_seen():
     busy = "import sys, time\nwhile True: pass"
     with subprocess.Popen([sys.executable, "-c", busy, "VLLM::EngineCore_DP0"], start_new_session=True) as process:
@@ -287,3 +299,29 @@ def test_a_busy_process_of_a_server_is_seen():
     with watching(None) as found:
         pass
     assert found == {}
+
+
+def test_a_row_counts_the_items_of_the_catalogue_that_the_server_was_given(checkpoint, tmp_path):
+    workload = Workload.of(checkpoint)
+    own, sizes = workload.catalogue.num_items, workload.config["codebook_sizes"]
+    store = Store(tmp_path / "store")
+    for count in (3, 5):
+        names, codes = [f"item-{row}" for row in range(count)], np.arange(count)[:, None].repeat(len(sizes), 1)
+        version = Catalogue.build(names, codes, sizes, version=f"v{count}")
+        version.save(tmp_path / f"v{count}")
+        store.publish(tmp_path / f"v{count}", force=True)
+
+    def items(system, *vllm_args):
+        argv = ["--model", str(checkpoint), "--results", str(tmp_path), "--", *vllm_args]
+        recorder = Recorder("latency", parse(make_parser(""), argv), workload)
+        return recorder.add(system, Cell(128, 10, 10)).items
+
+    def given(folder, **more):
+        return "--additional-config", json.dumps({"nezha": {"catalogue": str(folder), **more}})
+
+    assert items("nezha") == own
+    assert items("nezha", *given(tmp_path / "v3")) == 3
+    assert items("nezha", *given(store.folder)) == 5
+    assert items("nezha", *given(store.folder, catalogue_version="v3")) == 3
+    assert items("nezha", *given("catalogue")) == own, "a folder of the checkpoint"
+    assert items("vllm-beam", *given(tmp_path / "v3")) == own, "stock vLLM knows no catalogue"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
@@ -41,6 +42,22 @@ def test_kernels_is_importable_under_its_own_name_only(tmp_path: Path) -> None:
     ours, top = result.stdout.splitlines()
     assert top == "None" or not Path(top).is_relative_to(ROOT / "kernels"), "a top-level `kernels` is installed"
     assert Path(ours).name == "__init__.py"
+
+
+def test_a_checkout_that_is_imported_from_where_it_lies_has_its_kernels() -> None:
+    """`python -m benchmarks.quality` in a clone, say, after `pip install .`; without -S an editable one would help."""
+    code = "import importlib.util as u; print(u.find_spec('nezha_vllm.kernels.score').origin)"
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    result = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, env=own, capture_output=True, text=True)
+    assert result.stdout.strip() == str(ROOT / "kernels" / "score.py"), result.stderr
+
+
+def test_an_installation_has_the_kernels_themselves(tmp_path: Path) -> None:
+    argv = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
+    subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    built = tmp_path / "lib" / "nezha_vllm" / "kernels"
+    sources = {path.name: path.read_bytes() for path in (ROOT / "kernels").glob("*.py")}
+    assert {path.name: path.read_bytes() for path in built.glob("*.py")} == sources
 
 
 def test_transformers_finds_its_hub_kernels_from_the_repository_root() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
-import json
 import os
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.additional import with_nezha
 from benchmarks.reliability.clients import Clients, Tally
 from benchmarks.reliability.questions import Questions
 from benchmarks.reliability.start import parser, questions, split, started
@@ -77,13 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         clock.write_text("+0")
         os.environ |= {"LD_PRELOAD": str(arguments.libfaketime), "FAKETIME_TIMESTAMP_FILE": str(clock)}
         os.environ |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1", "FAKETIME_NO_CACHE": "1"}
-        options = {"nezha": {"catalogue": str(store.folder), "catalogue_poll_seconds": POLL}}
-        with started(
-            arguments.model, ["--additional-config", json.dumps(options), *vllm_args], arguments.dtype
-        ) as server:
+        vllm_args = with_nezha(vllm_args, catalogue=str(store.folder), catalogue_poll_seconds=POLL)
+        with started(arguments.model, vllm_args, arguments.dtype) as server:
             tally, missed = asyncio.run(run(server.url, asked, store, folders, clock))
+            server.wrong = len(tally.problems) + missed + (set(tally.outcomes) != {"200"})
     print(f"{tally}; {missed} of {len(JUMPS)} publications not taken up")
-    return 1 if tally.problems or missed or set(tally.outcomes) != {"200"} else 0
+    return 1 if server.wrong else 0
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.additional import with_nezha
 from benchmarks.reliability.bad_input import Known
 from benchmarks.reliability.fuzz_client import DAMAGED, GRAMMAR, OPENAPI, OTHERS, Client, Found, fuzz, good_answer
 from benchmarks.reliability.processes import print_memory, resident_bytes
@@ -45,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace, vllm_args: list[str], folder: Path) -> int:
     known = with_segments(arguments.model, folder / "catalogue")
-    options = {"nezha": {"catalogue": str(folder / "catalogue")}}
-    vllm_args = ["--additional-config", json.dumps(options), "--disable-uvicorn-access-log", *vllm_args]
+    vllm_args = with_nezha(["--disable-uvicorn-access-log", *vllm_args], catalogue=str(folder / "catalogue"))
     port, log = free_port(), folder / "log.txt"
     with Server(arguments.model, port, arguments=vllm_args, log=log) as server:
         print(f"ready after {server.wait_until_ready(timeout=900):.0f} s", flush=True)

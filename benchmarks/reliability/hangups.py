@@ -91,10 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         grown = {name: (size - memory[name]) >> 20 for name, size in resident_bytes(group).items()}
         counted = metrics_of(server.url, 30).since(before).by("nezha_requests_total", "outcome")
         more, tracebacks = open_files(group) - files, server.log.read_text(errors="replace").count("Traceback")
+        wrong = len(tally.problems) + (set(tally.outcomes) != {"200"}) + (idle > 30) + (more > 10) + tracebacks
+        server.wrong = wrong
     print(f"{arguments.count} clients left; others: {tally}")
     print(f"the server counts { {name: int(value) for name, value in counted.items() if value} }")
     print(f"nothing under way after {idle:.1f} s, {more} files open more, {tracebacks} tracebacks; MiB more: {grown}")
-    return 1 if tally.problems or set(tally.outcomes) != {"200"} or idle > 30 or more > 10 or tracebacks else 0
+    return 1 if wrong else 0
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

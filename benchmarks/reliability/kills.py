@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             wrong = [problem for problem in tally.problems if not problem.startswith("status 5")]
             print(f"{victim} killed: {dict(tally.outcomes)}, {len(wrong)} wrong, longest wait {longest:.1f} s")
             print(f"  the server ended after {seconds:.1f} s with status {status}; left: {left or 'none'}", flush=True)
-            failures += len(wrong) + len(left) + (longest > LONGEST)
+            server.wrong = len(wrong) + len(left) + (longest > LONGEST)
+            failures += server.wrong
     return 1 if failures else 0
 
 

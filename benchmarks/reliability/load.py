@@ -3,8 +3,9 @@
 `python -m benchmarks.reliability.load --model DIR`
 
 Closed loop with 1, 8, 64 and 256 clients, then new requests at twice the highest rate of answers seen there, then one
-client until it is as fast as before: the time of recovery. Counts the requests that wait for a reply at once, and
-samples the memory of the server's processes where it is started here. Exit status 1 if an answer was wrong or missing.
+client until it is as fast as before: the time of recovery. Counts the requests that wait for a reply at once. Where the
+server is started here, samples the memory of its processes, and between the loads that of the GPUs in
+``CUDA_VISIBLE_DEVICES``. Exit status 1 if an answer was wrong or missing.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ import numpy as np
 
 from benchmarks.reliability.clients import Tally
 from benchmarks.reliability.crowd import Crowd
-from benchmarks.reliability.processes import print_memory, used_bytes
+from benchmarks.reliability.processes import print_memory, resident_bytes, used_bytes
 from benchmarks.reliability.start import parser, questions, split, started
 from nezha_vllm.scrape import metrics_of
 
+SAMPLE_SECONDS = 1.0
+
 
 class Watch:
-    """Samples of a server, one a second, inside of the context."""
+    """Samples of a server inside of the context: its processes every second, its GPUs where nothing is measured."""
 
     def __init__(self, url: str, group: int | None) -> None:
         self._url, self._group = url, group
@@ -37,20 +40,27 @@ class Watch:
         self._thread = threading.Thread(target=self._run)
 
     def __enter__(self) -> Watch:
+        self._look()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
+        self._look()
 
     def _run(self) -> None:
-        while not self._end.wait(1.0):
+        while not self._end.wait(SAMPLE_SECONDS):
             if self._group is not None:
-                self._memory.append(used_bytes(self._group))
+                self._memory.append(resident_bytes(self._group))
+
+    def _look(self) -> None:
+        if self._group is not None:
+            self._memory.append(used_bytes(self._group))
 
     def part(self) -> str:
-        """What the server says of the time since the last call."""
+        """What the server says of the time since the last call. To be called when no load is on its way."""
+        self._look()
         now = metrics_of(self._url, timeout=30)
         part, self._before = now.since(self._before), now
         p50, p99 = (1e3 * (part.quantile("nezha_request_seconds", share) or 0.0) for share in (0.5, 0.99))
@@ -96,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, vllm_args = split(sys.argv[1:] if argv is None else argv)
     arguments = _parse(own)
     with ExitStack() as stack:
-        url, group = arguments.url, None
+        url, group, server = arguments.url, None, None
         asked = questions(arguments) if arguments.expect == "model" else None
         if url is None:
             server = stack.enter_context(started(arguments.model, vllm_args, arguments.dtype))
@@ -107,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Watch(url, group) as watch:
             failures = run(arguments, crowd, watch)
         watch.report()
+        if server is not None:
+            server.wrong = failures
     return 1 if failures else 0
 
 

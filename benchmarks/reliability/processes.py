@@ -12,6 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.machine import of_gpus
+
+FEW = 10  # samples, of which fifths say nothing
+
 
 def processes(group: int) -> dict[str, int]:
     """Process numbers of a process group by the names that vLLM gives them, such as ``EngineCore`` and ``Worker 2``."""
@@ -57,25 +61,31 @@ def _memory(group: int, field: str) -> dict[str, int]:
 
 
 def used_bytes(group: int) -> dict[str, int]:
-    """`resident_bytes`, and of each GPU of the machine what anything uses of its memory."""
+    """`resident_bytes` and `gpu_bytes`, which holds the GPU's driver for some 10 ms: not while a load is measured."""
     return resident_bytes(group) | gpu_bytes()
 
 
 def gpu_bytes() -> dict[str, int]:
-    """Empty without nvidia-smi. Of whole GPUs: in a container it does not know the processes."""
+    """Of the GPUs in ``CUDA_VISIBLE_DEVICES``, or of all, what anything uses of their memory; empty without nvidia-smi.
+
+    Of whole GPUs: in a container it does not know the processes.
+    """
     if shutil.which("nvidia-smi") is None:
         return {}
-    argv = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
+    argv = ["nvidia-smi", *of_gpus(), "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
     lines = subprocess.run(argv, capture_output=True, text=True).stdout.splitlines()
     rows = [line.split(",") for line in lines if re.fullmatch(r"\d+, *\d+", line)]
     return {f"GPU {index}": int(used) << 20 for index, used in rows}
 
 
 def print_memory(samples: Sequence[dict[str, int]]) -> None:
-    """What became of each process's memory over a run, from samples of `used_bytes` in order."""
-    fifth = max(1, len(samples) // 5)
+    """What became of the memory of each process, and GPU, of the last sample; not all need to be in each sample."""
     for name in samples[-1]:
         sizes = [sample[name] / 2**20 for sample in samples if name in sample]
+        if len(sizes) < FEW:
+            print(f"{name}: {', '.join(f'{size:.0f}' for size in sizes)} MiB")
+            continue
+        fifth = len(sizes) // 5
         early, late = np.mean(sizes[fifth : 2 * fifth]), np.mean(sizes[-fifth:])
         print(f"{name}: {sizes[0]:.0f} MiB at first, {early:.0f} in the second fifth, {late:.0f} in the last, ", end="")
         print(f"{max(sizes):.0f} at most")

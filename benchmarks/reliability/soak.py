@@ -5,7 +5,7 @@
 The versions differ in items and codes, or are those of `--catalogues`, with the items of the checkpoint's own; each
 second publication is followed by a rollback. A fifth of the requests goes to vLLM's own handler. Prints how many
 answers came of each version, what was wrong, latency in the second after a swap and otherwise, and the memory of each
-process.
+process, and of the GPUs in ``CUDA_VISIBLE_DEVICES`` before and after.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.additional import with_nezha
 from benchmarks.reliability.clients import Tally
 from benchmarks.reliability.crowd import Crowd
-from benchmarks.reliability.processes import print_memory, used_bytes
+from benchmarks.reliability.processes import print_memory, resident_bytes, used_bytes
 from benchmarks.reliability.questions import Questions, some_histories
-from benchmarks.reliability.start import parser, questions, split
+from benchmarks.reliability.start import parser, questions, split, started
 from benchmarks.reliability.versions import versions_of
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.scrape import metrics_of
-from nezha_vllm.server import Server, free_port
 from nezha_vllm.store import Store
 
 NAMES = ("red", "green", "blue", "white")
@@ -39,7 +39,7 @@ FOR_VLLM = 0.2  # of the requests go to vLLM's own handler
 
 
 class Swaps(threading.Thread):
-    """Publications and rollbacks until ``stop``: when each was, and memory before it."""
+    """Publications and rollbacks until ``stop``: when each was, and the processes' memory before it."""
 
     def __init__(self, store: Store, folders: Sequence[Path], every: float, group: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Swaps(threading.Thread):
 
     def _swap(self) -> None:
         while not self.stop.wait(self._every):
-            self.memory.append(used_bytes(self._group))
+            self.memory.append(resident_bytes(self._group))
             if len(self.times) % 3 == 2:
                 pointer = self._store.rollback()
             else:
@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace, vllm_args: list[str], folder: Path) -> int:
+    store = Store(arguments.store or folder / "store")
+    vllm_args = with_nezha(vllm_args, catalogue=str(store.folder), catalogue_poll_seconds=arguments.poll)
     asked, folders = None, arguments.catalogues
     if not folders:
         own = Catalogue.load(arguments.model / "catalogue")
@@ -84,13 +86,8 @@ def run(arguments: argparse.Namespace, vllm_args: list[str], folder: Path) -> in
         asked, folders = questions(arguments, versions), [folder / name for name in NAMES]
         for version, place in zip(versions, folders, strict=True):
             version.save(place)
-    store = Store(arguments.store or folder / "store")
     store.publish(folders[0], force=True)
-    options = {"nezha": {"catalogue": str(store.folder), "catalogue_poll_seconds": arguments.poll}}
-    vllm_args = ["--dtype", arguments.dtype, "--additional-config", json.dumps(options), *vllm_args]
-    log = arguments.keep_log or folder / "log.txt"
-    with Server(arguments.model, free_port(), arguments=vllm_args, log=log) as server:
-        print(f"ready after {server.wait_until_ready(timeout=900):.0f} s", flush=True)
+    with started(arguments.model, vllm_args, arguments.dtype, arguments.keep_log) as server:
         asked = asked or _as_it_answers(arguments, server.url, store, folders)
         with Crowd(server.url, asked, arguments.processes, FOR_VLLM) as crowd:
             warm_up = crowd.closed_loop(arguments.clients, 3.0)
@@ -103,11 +100,12 @@ def run(arguments: argparse.Namespace, vllm_args: list[str], folder: Path) -> in
                 swaps.join()
         time.sleep(min(arguments.swap_every, 5))
         memory = [*swaps.memory, used_bytes(server.process.pid)]
-        told = [line for line in log.read_text(errors="replace").splitlines() if "NEZHA: catalogue {" in line]
-    status = _report(Tally.of([warm_up, tally]), swaps.times, told, memory)
-    if swaps.failed is not None:
-        print(f"the publisher ended early: {swaps.failed!r}")
-    return 1 if swaps.failed else status
+        told = [line for line in server.log.read_text(errors="replace").splitlines() if "NEZHA: catalogue {" in line]
+        server.wrong = _report(Tally.of([warm_up, tally]), swaps.times, told, memory)
+        if swaps.failed is not None:
+            print(f"the publisher ended early: {swaps.failed!r}")
+            server.wrong = 1
+    return server.wrong
 
 
 def _as_it_answers(arguments: argparse.Namespace, url: str, store: Store, folders: Sequence[Path]) -> Questions:
@@ -118,7 +116,7 @@ def _as_it_answers(arguments: argparse.Namespace, url: str, store: Store, folder
         deadline = time.monotonic() + 300
         while not metrics_of(url, timeout=30).total("nezha_catalogue_info", version=version):
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not take up {version} in 300 s; its log says why (--keep-log)")
+                raise RuntimeError(f"the server did not take up {version} in 300 s; its log says why")
             time.sleep(0.2)
         time.sleep(2 * arguments.poll)  # all API processes
         parts.append(questions(arguments, url=url))
@@ -159,7 +157,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     found.add_argument("--processes", type=int, default=1, help="that the clients are spread over (%(default)s)")
     found.add_argument("--catalogues", type=Path, nargs="+", metavar="DIR", help="expected is what each answers alone")
     found.add_argument("--store", type=Path, metavar="DIR", help="default: a temporary one")
-    found.add_argument("--keep-log", type=Path, metavar="FILE", help="where the server's log goes")
+    found.add_argument(
+        "--keep-log", type=Path, metavar="FILE", help="where the server's log goes; else it stays after a problem only"
+    )
     return found.parse_args(argv)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,14 +18,31 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 0.25}
 MARGINS = {"float32": 1, "bfloat16": 4}
 
 
+class MeasuredServer(Server):
+    """With what was ``wrong`` with it: its log tells more."""
+
+    log: Path
+    wrong = 0
+
+
 @contextmanager
-def started(checkpoint: Path, vllm_args: Sequence[str] = (), dtype: str = "float32") -> Iterator[Server]:
-    """A server that is ready; its log is in ``server.log`` until it ends."""
-    with tempfile.TemporaryDirectory(prefix="nezha-reliability-") as folder:
-        given = ["--dtype", dtype, "--disable-uvicorn-access-log", *vllm_args]
-        with Server(checkpoint, free_port(), arguments=given, log=Path(folder, "log.txt")) as server:
+def started(
+    checkpoint: Path, vllm_args: Sequence[str] = (), dtype: str = "float32", log: Path | None = None
+) -> Iterator[MeasuredServer]:
+    """A server that is ready. Its log, ``server.log``, stays if an error or ``server.wrong`` ends it, or as ``log``."""
+    given = ["--dtype", dtype, "--disable-uvicorn-access-log", *vllm_args]
+    folder = Path(tempfile.mkdtemp(prefix="nezha-reliability-"))
+    server, well = MeasuredServer(checkpoint, free_port(), arguments=given, log=log or folder / "log.txt"), False
+    try:
+        with server:
             print(f"ready after {server.wait_until_ready(timeout=900):.0f} s", flush=True)
             yield server
+        well = not server.wrong
+    finally:
+        if well or log:
+            shutil.rmtree(folder)
+        if not well:
+            print(f"the server's log: {server.log}", flush=True)
 
 
 def questions(arguments: argparse.Namespace, catalogues: Sequence[Catalogue] = (), url: str | None = None) -> Questions:
