@@ -2,9 +2,9 @@
 
 python -m benchmarks.quality_gains benchmarks/plans/quality-search.toml [--results FILE] [--metric ndcg@10]
 
-A gain is relative, in percent of the base of the same data set and plan's method, means over seeds. Indexes, which are
-data sets of their own, are set against the base of the data set with the same sequences on which most was tried. Rows
-from before a softmax could be chosen, when all had one over all codes, have a base of their own.
+A gain is relative, in percent of the base of the same data set and method, means over seeds. Indexes, which are data
+sets of their own, are set against the base of the data set with the same sequences on which most was tried. Rows from
+before a softmax could be chosen are those of models with one over all codes, a method of their own.
 """
 
 from __future__ import annotations
@@ -19,30 +19,25 @@ from benchmarks.markdown import table
 from benchmarks.quality_plan import Places, Plan, former_names, runs
 from benchmarks.quality_rows import Result, read
 from benchmarks.rows import RESULTS
-from nezha_vllm.ablations import FREE_LABEL
 
 BASE = "base"
 
 
 def gains(results: Sequence[Result], metric: str) -> list[tuple[str, str, dict[str, float]]]:
     """Option (or index), method, and gain by data set (by sequences), the highest mean first."""
-    groups: dict[tuple[str, str, str, tuple, str], list[float]] = {}
+    groups: dict[tuple[str, str, str, str], list[float]] = {}
     for one in results:
         if one.model:  # no baselines
-            _, option, planned, *_ = one.run.split("/")
-            # not the label: a softmax may be the option whose gain is asked for
-            kind = planned, one.method == FREE_LABEL, "softmax" in one.config
-            groups.setdefault((one.row["data_hash"], one.dataset, option, kind, one.method), []).append(
-                one.number(metric)
-            )
-    bases: dict[tuple[str, tuple], tuple[str, float]] = {}
-    for (data, dataset, option, kind, _), values in sorted(groups.items(), key=lambda item: len(item[0][1])):
+            key = one.row["data_hash"], one.dataset, one.run.split("/")[1], one.method
+            groups.setdefault(key, []).append(one.number(metric))
+    bases: dict[tuple[str, str], tuple[str, float]] = {}
+    for (data, dataset, option, method), values in sorted(groups.items(), key=lambda item: len(item[0][1])):
         if option == BASE and _is_first(dataset, data, groups):
-            bases.setdefault((data, kind), (dataset, fmean(values)))
+            bases.setdefault((data, method), (dataset, fmean(values)))
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for (data, dataset, option, kind, method), values in groups.items():
-        if (data, kind) in bases and (dataset, option) != (bases[data, kind][0], BASE):
-            first, base = bases[data, kind]
+    for (data, dataset, option, method), values in groups.items():
+        if (data, method) in bases and (dataset, option) != (bases[data, method][0], BASE):
+            first, base = bases[data, method]
             name = option if dataset == first else f"{dataset}, {option}"
             found.setdefault((name, method), {})[first] = 100 * (fmean(values) / base - 1)
     lines = [(name, method, by_data) for (name, method), by_data in found.items()]
@@ -51,7 +46,7 @@ def gains(results: Sequence[Result], metric: str) -> list[tuple[str, str, dict[s
 
 def _is_first(dataset: str, data: str, groups: dict) -> bool:
     """Whether most options were tried on this data set, of those with the same sequences."""
-    tried = {name: sum(key[:2] == (data, name) for key in groups) for hashed, name, *_ in groups if hashed == data}
+    tried = {name: sum(key[:2] == (data, name) for key in groups) for hashed, name, _, _ in groups if hashed == data}
     return tried[dataset] == max(tried.values())
 
 

@@ -135,7 +135,8 @@ def runs(plan: Plan, places: Places) -> list[Job]:
 
 def former_names(plan: Plan) -> set[str]:
     """What the plan's runs were called before a softmax could be chosen; all had one over all codes."""
-    return {_name(plan, *one, _options(plan, *one)[2:]) for one in _wanted(plan)}
+    asked = [(one, _options(plan, *one)) for one in _wanted(plan)]  # which end in --softmax S --seed N
+    return {_name(plan, *one, [*options[:-4], *options[-2:]]) for one, options in asked}
 
 
 def _wanted(plan: Plan) -> dict[tuple[str, str, str, int], None]:
@@ -218,10 +219,9 @@ def _trained(plan: Plan, places: Places, dataset: str, model: str, method: str, 
 
 
 def _options(plan: Plan, dataset: str, model: str, method: str, seed: int) -> list[str]:
-    """The softmax of the method comes first, so that a plan's own, if it names one, comes last and holds."""
     softmax = "codes" if method.endswith(OVER_CODES) else "catalogue"
     options = [*plan.train, *plan.models[model].get("train", []), *plan.datasets[dataset].get("train", [])]
-    return ["--softmax", softmax, *options, "--method", method.removesuffix(OVER_CODES), "--seed", str(seed)]
+    return [*options, "--method", method.removesuffix(OVER_CODES), "--softmax", softmax, "--seed", str(seed)]
 
 
 def _name(plan: Plan, dataset: str, model: str, method: str, seed: int, options: Sequence[str]) -> str:

@@ -271,14 +271,6 @@ def test_a_methods_name_says_over_what_its_softmax_is(places):
         assert option(train, "--softmax") == ("codes" if method.endswith("-codes") else "catalogue")
 
 
-def test_a_softmax_that_a_plan_names_holds(places, tmp_path):
-    text = PLAN.replace('train = ["--hidden", "32",', 'train = ["--softmax", "codes", "--hidden", "32",')
-    parser = cli.build_parser()
-    for plan, expected in ((plan_of(tmp_path), "catalogue"), (plan_of(tmp_path, text), "codes")):
-        job = next(job for job in runs(plan, places) if job.name.split("/")[2] == "nezha")
-        assert parser.parse_args(job.steps[0].words).softmax == expected
-
-
 def test_no_verification_is_an_evaluation_of_the_model_with_a_softmax_over_all_codes(places):
     plan = Plan.load(ROOT / "benchmarks" / "plans" / "quality.toml")
     jobs = runs(plan, places)
@@ -403,30 +395,6 @@ def test_gains_are_over_the_base_of_the_same_sequences(tmp_path, capsys):
     assert ["head-item", "NEZHA", "+25.0", "+5.0", "+15.0"] in found
     assert ["beauty-letter, base", "NEZHA", "+5.0", "", "+5.0"] in found
     assert len(found) == 4
-
-
-def test_a_softmax_may_be_an_option_whose_gain_is_asked_for():
-    def row(option, method, softmax, value, planned="nezha"):
-        config = {"family": "llama", "epochs": 3, "layers": 2, "hidden": 8, "method": planned}
-        config |= {"softmax": softmax} if softmax else {}
-        cells = {"config": json.dumps(config), "seed": "0", "validity": "stepwise", "dataset": "a", "method": method}
-        return quality_rows.Result.of(
-            cells | {"run": f"a/{option}/{planned}/0/h", "data_hash": "a", "ndcg@10": str(value)}
-        )
-
-    codes = "NEZHA, softmax over all codes"
-    free, constrained = "language model, beam search", "language model, constrained beam search"
-    rows = [
-        row("base", "NEZHA", "catalogue", 0.2),
-        row("codes", codes, "codes", 0.1),
-        row("base", "NEZHA", None, 0.1),  # from before: a base of its own
-        row("wide", "NEZHA", None, 0.2),
-        row("base", "language model, softmax over the catalogue", "catalogue", 0.4, "ar"),
-        row("codes", free, "codes", 0.1, "ar"),  # nothing to set it against
-        row("codes", constrained, "codes", 0.1, "ar"),
-    ]
-    found = [(option, method, round(by["a"])) for option, method, by in quality_gains.gains(rows, "ndcg@10")]
-    assert found == [("wide", codes, 100), ("codes", codes, -50), ("codes", constrained, -75)]
 
 
 def test_rows_of_a_search_from_before_there_was_a_softmax_to_choose_are_read_as_over_all_codes(capsys):
