@@ -11,41 +11,44 @@ from statistics import fmean
 from benchmarks.markdown import table
 from benchmarks.quality_minutes import TRAINING
 from benchmarks.quality_plan import CURVE, Plan
-from benchmarks.quality_rows import OURS, OURS_OVER_CODES, UNVERIFIED, Result, mean
-from nezha_vllm.ablations import CONSTRAINED_LABEL, LABELS
+from benchmarks.quality_rows import OURS, UNVERIFIED, Result, mean
+from nezha_vllm.ablations import LABELS
 from nezha_vllm.cli.tokenize import codebook_sizes
 
-VARIANTS = {OURS: "NEZHA", OURS_OVER_CODES: "softmax over all codes", UNVERIFIED: "NEZHA-4"}  # → in headings
+MODES = ("stepwise", "final")
 SEARCHED = ("hit@5", "hit@10", "ndcg@5", "ndcg@10")
-TRAINED = (OURS, OURS_OVER_CODES, CONSTRAINED_LABEL, LABELS["ar"], LABELS["mtp"])
-TRAINED += tuple(LABELS[f"nezha-{n}"] for n in (1, 2, 3))
+TRAINED = (OURS, LABELS["ar"], LABELS["mtp"], *(LABELS[f"nezha-{n}"] for n in (1, 2, 3)))
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 Minutes = Mapping[tuple[str, str], float]
 
 
 def width_rows(results: Sequence[Result]) -> list[Result]:
-    """Test rows of the beam widths, narrow first, with the width of the main table; of each variant's newest run."""
+    """Test rows of the beam widths, narrow first, with the width of the main table; of each data set's newest run."""
     curve = [one for one in results if CURVE in one.run and one.row["split"] == "test"]
-    newest = {(one.dataset, one.method): one.run.partition(CURVE)[0] for one in curve}
+    newest = {one.dataset: one.run.partition(CURVE)[0] for one in curve}
     found = {}
     for one in results:
-        base = newest.get((one.dataset, one.method))
+        base = newest.get(one.dataset)
         of_base = base and (one.run.startswith(f"{base}{CURVE}") or one.run in (base, f"{base}-final"))
-        if of_base and one.method in VARIANTS:
-            found[one.dataset, int(one.row["beam_width"]), one.method] = one
+        if of_base and one.method in (OURS, UNVERIFIED):
+            found[one.dataset, int(one.row["beam_width"]), one.row["validity"]] = one
     return [found[key] for key in sorted(found)]
 
 
 def width_table(rows: Sequence[Result]) -> str:
-    """A line a data set and width: what each variant finds, and the share of valid beams without verification."""
+    """A line a data set and width: what is found, and the share of valid beams, with either validity."""
     lines = []
     for dataset, width in dict.fromkeys((one.dataset, int(one.row["beam_width"])) for one in rows):
-        cells = {one.method: one for one in rows if (one.dataset, int(one.row["beam_width"])) == (dataset, width)}
-        shown = [(name, method) for name in ("hit@10", "ndcg@10") for method in VARIANTS] + [("valid", UNVERIFIED)]
-        figures = [mean([cells[method].number(name)] if method in cells else []) for name, method in shown]
+        cells = {
+            one.row["validity"]: one for one in rows if (one.dataset, int(one.row["beam_width"])) == (dataset, width)
+        }
+        figures = [
+            mean([cells[mode].number(name)] if mode in cells else [])
+            for name in ("hit@10", "ndcg@10", "valid")
+            for mode in MODES
+        ]
         lines.append([dataset, f"{width:,}", *figures])
-    heads = [f"{name}, {variant}" for name in ("Hit@10", "NDCG@10") for variant in VARIANTS.values()]
-    heads.append(f"valid beams, {VARIANTS[UNVERIFIED]}")
+    heads = [f"{name}, {mode}" for name in ("Hit@10", "NDCG@10", "valid beams") for mode in MODES]
     return table(["data set", "beam width", *heads], lines, left=1) if lines else ""
 
 
@@ -58,22 +61,20 @@ def level_rows(results: Sequence[Result], plan: Plan) -> dict[str, dict[str, lis
         if "--codes" in words and rows:
             sizes = codebook_sizes(words[words.index("--codes") + 1], None)
             name = f"{len(sizes)} × {sizes[0]}" if len(set(sizes)) == 1 else " × ".join(map(str, sizes))
-            found[name] = {method: [one for one in rows if one.method == method] for method in VARIANTS}
+            found[name] = {method: [one for one in rows if one.method == method] for method in (OURS, UNVERIFIED)}
     return found
 
 
 def level_table(rows: Mapping[str, Mapping[str, Sequence[Result]]]) -> str:
     lines = []
     for name, by in rows.items():
-        ours = by[OURS]
-        shown = [(method, "hit@10") for method in (OURS_OVER_CODES, UNVERIFIED)] + [(UNVERIFIED, "valid")]
+        ours, free = by[OURS], by[UNVERIFIED]
         figures = [mean([one.number(metric) for one in ours]) for metric in (*SEARCHED, "hit@500")]
-        figures += [mean([one.number(metric) for one in by[method]]) for method, metric in shown]
+        figures += [mean([one.number(metric) for one in free]) for metric in ("hit@10", "valid")]
         parameters = f"{ours[0].config['parameters']:,}" if ours else "–"
         lines.append([name, str(len(ours)), parameters, *figures])
     heads = ["levels × codes", "seeds", "parameters", "Hit@5", "Hit@10", "NDCG@5", "NDCG@10", "Hit@500"]
-    heads += [f"Hit@10, {VARIANTS[method]}" for method in (OURS_OVER_CODES, UNVERIFIED)]
-    return table([*heads, f"valid beams, {VARIANTS[UNVERIFIED]}"], lines, left=1) if lines else ""
+    return table([*heads, "Hit@10, final", "valid beams, final"], lines, left=1) if lines else ""
 
 
 def time_lines(results: Sequence[Result], minutes: Minutes) -> dict[str, dict[str, tuple[list[float], list[float]]]]:

@@ -3,8 +3,7 @@
 python -m benchmarks.quality_gains benchmarks/plans/quality-search.toml [--results FILE] [--metric ndcg@10]
 
 A gain is relative, in percent of the base of the same data set and method, means over seeds. Indexes, which are data
-sets of their own, are set against the base of the data set with the same sequences on which most was tried. Rows from
-before a softmax could be chosen are those of models with one over all codes, a method of their own.
+sets of their own, are set against the base of the data set with the same sequences on which most was tried.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.markdown import table
-from benchmarks.quality_plan import Places, Plan, former_names, runs
+from benchmarks.quality_plan import Places, Plan, runs
 from benchmarks.quality_rows import Result, read
 from benchmarks.rows import RESULTS
 
@@ -56,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS / "quality.csv", metavar="FILE")
     parser.add_argument("--metric", default="ndcg@10", metavar="NAME")
     arguments = parser.parse_args(argv)
-    plan = Plan.load(arguments.plan)
-    planned = {job.name for job in runs(plan, Places(Path(), Path(), arguments.results))} | former_names(plan)
+    planned = {job.name for job in runs(Plan.load(arguments.plan), Places(Path(), Path(), arguments.results))}
     lines = gains([one for one in read(arguments.results, "valid") if one.run in planned], arguments.metric)
     names = list(dict.fromkeys(name for _, _, by_data in lines for name in by_data))
     cells = [

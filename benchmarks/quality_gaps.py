@@ -49,7 +49,7 @@ def gaps(results: Sequence[Result], ranks: Path | None, kept: Path) -> list[Gap]
 
     Baselines stand beside one model only, of which the data set has most rows.
     """
-    known = {one.key: one for one in _read(kept) if _still(one, results)}
+    known = {one.key: one for one in _read(kept) if one.runs <= {result.run for result in results}}
     made = {one.key: one for one in _made(results, ranks)} if ranks else {}
     for key, one in made.items():
         if key not in known or one.seeds >= known[key].seeds:
@@ -57,12 +57,6 @@ def gaps(results: Sequence[Result], ranks: Path | None, kept: Path) -> list[Gap]
     if made:
         _write(kept, known.values())
     return list(known.values())
-
-
-def _still(gap: Gap, results: Sequence[Result]) -> bool:
-    """Whether the runs it was made of are among these, and are still what they were called."""
-    methods = {one.method for one in results if one.run in gap.runs}
-    return gap.runs <= {one.run for one in results} and {OURS, gap.method} <= methods
 
 
 def _made(results: Sequence[Result], ranks: Path) -> Iterable[Gap]:

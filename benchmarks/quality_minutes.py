@@ -65,7 +65,7 @@ def _spans(results: Sequence[Result]) -> list[Span]:
         spans.append(Span((run, EVALUATION), gpu, begin, end))
         for one in rows:
             seconds = one.config.get("train_seconds")
-            mark = one.dataset, one.model, one.config.get("method"), one.config.get("softmax"), one.seed, seconds
+            mark = one.dataset, one.model, one.config.get("method"), one.seed, seconds
             if seconds and mark not in trained:
                 trained.add(mark)
                 spans.append(Span((run, TRAINING), gpu, begin - seconds, begin))

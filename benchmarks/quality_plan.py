@@ -11,18 +11,16 @@ import hashlib
 import itertools
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 PARTS_OF_A_RUN = 5  # data set, model, method, seed, hash
 CURVE = "-beam-"  # in the names of the runs that make a curve
 ALONE = "-alone"  # in the names of the runs that measure latency
-OVER_CODES = "-codes"  # methods with a softmax over all codes; that of the others is over the catalogue
-METHODS = ("nezha", "nezha-codes", "nezha-1", "nezha-2", "nezha-3", "nezha-4", "mtp", "ar", "ar-codes")
-CURVED = {"nezha": ("stepwise",), "nezha-codes": ("stepwise", "final")}  # method → validity of its beam widths
+METHODS = ("nezha", "nezha-1", "nezha-2", "nezha-3", "nezha-4", "mtp", "ar", "nezha-plain", "ar-plain")
+PLAIN = "-plain"  # trained as in the paper: without item tokens
 SUBSET = ("datasets", "models", "methods", "seeds")
 TABLES = {"datasets": ("prepare", "tokenize", "train"), "models": ("train",)}
 
@@ -50,10 +48,10 @@ class Job:
 class Plan:
     """``datasets`` and ``models``: name → arguments of each verb, ``{data}`` is the folder of the raw files.
 
-    ``order``: what is run first, next and so on, each a table of some ``datasets``, ``models``, ``methods`` and
+    ``by_method``: what a method is trained with besides, or instead. ``order``: what is run first, next and so on, each a table of some ``datasets``, ``models``, ``methods`` and
     ``seeds``, all where it names none; without it everything, seed by seed. ``curve``: beam widths at which NEZHA of
-    the first model and seed is measured too, that with a softmax over all codes with either validity. ``alone``: so
-    many users are asked one at a time, with nothing else on the machine, by every decoding of the first model and seed.
+    the first model and seed is measured too, with either validity. ``alone``: so many users are asked one at a time,
+    with nothing else on the machine, by every decoding of the first model and seed.
     """
 
     datasets: dict[str, dict[str, list[str]]]
@@ -61,6 +59,7 @@ class Plan:
     methods: list[str]
     seeds: list[int]
     train: list[str] = field(default_factory=list)
+    by_method: dict[str, list[str]] = field(default_factory=dict)
     evaluate: list[str] = field(default_factory=list)
     baselines: list[str] = field(default_factory=list)
     order: list[dict[str, list]] = field(default_factory=lambda: [{}])
@@ -118,80 +117,64 @@ def preparations(plan: Plan, places: Places) -> list[Job]:
 
 
 def runs(plan: Plan, places: Places) -> list[Job]:
-    """One job a model: its training and evaluation. NEZHA-4 is an evaluation of the checkpoint of ``nezha-codes``.
+    """One job a model: its training and evaluation. NEZHA-4 is an evaluation of NEZHA's checkpoint.
 
     Baselines are a job behind the model that they are measured with, beam widths come behind all models, latencies
     last of all. Models are in the plan's order; of each subset all data sets come with the first seed, then all with
     the second, so that a plan that is stopped early still compares.
     """
-    wanted = _wanted(plan)
-    found = []
-    for dataset, model, method, seed in wanted:
-        beside = [other for other in METHODS if (dataset, model, other, seed) in wanted]
-        found.append(_run(plan, places, dataset, model, method, seed, beside))
+    wanted: dict[tuple, None] = {}
+    for subset in plan.order:
+        datasets, models, methods, seeds = (subset.get(key, list(getattr(plan, key))) for key in SUBSET)
+        for seed, dataset, model, method in itertools.product(seeds, datasets, models, methods):
+            if method != "nezha-4" or "nezha" not in plan.methods:
+                wanted[dataset, model, method, seed] = None
+    found = [_run(plan, places, *one) for one in wanted]
     parts = slice(2), slice(2, 3), slice(3, 4)
     return [job for part in parts for jobs in found for job in jobs[part] if job.steps]
 
 
-def former_names(plan: Plan) -> set[str]:
-    """What the plan's runs were called before a softmax could be chosen; all had one over all codes."""
-    asked = [(one, _options(plan, *one)) for one in _wanted(plan)]  # which end in --softmax S --seed N
-    return {_name(plan, *one, [*options[:-4], *options[-2:]]) for one, options in asked}
-
-
-def _wanted(plan: Plan) -> dict[tuple[str, str, str, int], None]:
-    """Data set, model, method and seed of every job."""
-    wanted: dict[tuple[str, str, str, int], None] = {}
-    for subset in plan.order:
-        datasets, models, methods, seeds = (subset.get(key, list(getattr(plan, key))) for key in SUBSET)
-        for seed, dataset, model, method in itertools.product(seeds, datasets, models, methods):
-            if method != "nezha-4" or "nezha-codes" not in plan.methods:
-                wanted[dataset, model, method, seed] = None
-    return wanted
-
-
-def _run(
-    plan: Plan, places: Places, dataset: str, model: str, method: str, seed: int, methods: Sequence[str]
-) -> list[Job]:
+def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed: int) -> list[Job]:
     """The model's job, what is measured beside it if anything, in the third place its beam widths, then latencies.
 
     All but the first wait for it, whose rows are safe by then; where a checkpoint is gone they train it again.
-    ``methods``: those that the plan has of this data set, model and seed.
     """
-    trained = "nezha-codes" if method == "nezha-4" else method
+    folder, _ = _dataset(plan, places, dataset)
+    trained = "nezha" if method == "nezha-4" else method
     name, checkpoint, train = _trained(plan, places, dataset, model, trained, seed)
-    evaluate = partial(_evaluate, plan, places, dataset, seed)
+
+    def evaluate(run: str, *more: str) -> Step:
+        ranks = places.work / "ranks" / f"{run.replace('/', '-')}.npz"
+        where = ["--results", str(places.results), "--run", run, "--ranks", str(ranks), "--seed", str(seed)]
+        out = ["--json", str(checkpoint.parent / f"{run.split('/')[-1]}.json")]
+        return Step(["evaluate", str(checkpoint), str(folder), *plan.evaluate, *where, *out, *more], run=run)
 
     steps = [train]
     if method != "nezha-4":
-        steps.append(evaluate(checkpoint, name, "--baselines"))
-    if trained == "nezha-codes" and "nezha-4" in plan.methods:
-        steps.append(evaluate(checkpoint, f"{name}-final", "--validity", "final", "--baselines"))
+        steps.append(evaluate(name, "--baselines"))
+    if trained == "nezha" and "nezha-4" in plan.methods:
+        steps.append(evaluate(f"{name}-final", "--validity", "final", "--baselines"))
     first = model == next(iter(plan.models))
     # baselines are measured with the first model, those without a seed of their own with the first seed
     asked = first and method == plan.methods[0]
     wanted = [one for one in plan.baselines if asked and (seed == plan.seeds[0] or one == "sasrec")]
-    beside = [train, evaluate(checkpoint, f"{name}-{_digest(wanted)}", "--baselines", *wanted)] if wanted else []
+    beside = [train, evaluate(f"{name}-{_digest(wanted)}", "--baselines", *wanted)] if wanted else []
     widths = [train]
-    measured = first and seed == plan.seeds[0]
-    if method in CURVED and measured:
-        for width, validity in itertools.product(plan.curve, CURVED[method]):
+    if method == "nezha" and first and seed == plan.seeds[0]:
+        for width, validity in itertools.product(plan.curve, ("stepwise", "final")):
             more = "--beam-width", str(width), "--validity", validity, "--baselines"
-            widths.append(evaluate(checkpoint, f"{name}{CURVE}{width}-{validity}", *more))
+            widths.append(evaluate(f"{name}{CURVE}{width}-{validity}", *more))
     baselines = Job(f"{name}: baselines", beside, name)
     last = baselines.name if beside else name  # one after another: without a checkpoint each would train
     alone = []
-    if method == "nezha" and measured and plan.alone:
-        compared = [one for one in methods if one not in ("nezha", "nezha-4")]
-        others = {one: _trained(plan, places, dataset, model, one, seed) for one in compared}
-        against = [str(one[1]) for one in others.values()]
+    if method == "nezha" and first and seed == plan.seeds[0] and plan.alone:
+        methods = [one for one in plan.methods if one not in ("nezha", "nezha-4") and not one.endswith(PLAIN)]
+        others = [_trained(plan, places, dataset, model, one, seed) for one in methods]
+        against = ["--against", *(str(one[1]) for one in others)] if others else []
         ask = "--alone", str(plan.alone), "--baselines"
-        together = f"{name}{ALONE}-{_digest(compared)}"
-        alone = [train, *(one[2] for one in others.values())]
-        alone.append(evaluate(checkpoint, together, *(["--against", *against] if against else []), *ask))
-        if "nezha-4" in plan.methods and "nezha-codes" in others:
-            codes, unverified, _ = others["nezha-codes"]
-            alone.append(evaluate(unverified, f"{codes}{ALONE}-final", "--validity", "final", *ask))
+        alone = [train, *(one[2] for one in others), evaluate(f"{name}{ALONE}", *against, *ask)]
+        if "nezha-4" in plan.methods:
+            alone.append(evaluate(f"{name}{ALONE}-final", "--validity", "final", *ask))
     return [
         Job(name, steps, f"{dataset}: data"),
         baselines,
@@ -200,32 +183,17 @@ def _run(
     ]
 
 
-def _evaluate(plan: Plan, places: Places, dataset: str, seed: int, checkpoint: Path, run: str, *more: str) -> Step:
-    folder, _ = _dataset(plan, places, dataset)
-    ranks = places.work / "ranks" / f"{run.replace('/', '-')}.npz"
-    where = ["--results", str(places.results), "--run", run, "--ranks", str(ranks), "--seed", str(seed)]
-    out = ["--json", str(checkpoint.parent / f"{run.split('/')[-1]}.json")]
-    return Step(["evaluate", str(checkpoint), str(folder), *plan.evaluate, *where, *out, *more], run=run)
-
-
 def _trained(plan: Plan, places: Places, dataset: str, model: str, method: str, seed: int) -> tuple[str, Path, Step]:
     """Name of a training run, its checkpoint, and the step that makes it."""
     folder, catalogue = _dataset(plan, places, dataset)
-    options = _options(plan, dataset, model, method, seed)
-    name = _name(plan, dataset, model, method, seed, options)
+    options = [*plan.train, *plan.models[model].get("train", []), *plan.datasets[dataset].get("train", [])]
+    plain = ["--item-tokens", "0"] if method.endswith(PLAIN) else []
+    options += plan.by_method.get(method, [])
+    options += ["--method", method.removesuffix(PLAIN), *plain, "--seed", str(seed)]
+    name = f"{dataset}/{model}/{method}/{seed}/{_digest([plan.datasets[dataset], options, plan.evaluate])}"
     checkpoint = places.work / "models" / name / "checkpoint"
     words = ["train", str(folder), str(catalogue), *options, "--out", str(checkpoint)]
     return name, checkpoint, Step(words, checkpoint / "config.json")
-
-
-def _options(plan: Plan, dataset: str, model: str, method: str, seed: int) -> list[str]:
-    softmax = "codes" if method.endswith(OVER_CODES) else "catalogue"
-    options = [*plan.train, *plan.models[model].get("train", []), *plan.datasets[dataset].get("train", [])]
-    return [*options, "--method", method.removesuffix(OVER_CODES), "--softmax", softmax, "--seed", str(seed)]
-
-
-def _name(plan: Plan, dataset: str, model: str, method: str, seed: int, options: Sequence[str]) -> str:
-    return f"{dataset}/{model}/{method}/{seed}/{_digest([plan.datasets[dataset], options, plan.evaluate])}"
 
 
 def _dataset(plan: Plan, places: Places, name: str) -> tuple[Path, Path]:

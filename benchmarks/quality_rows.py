@@ -12,11 +12,12 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.quality_plan import ALONE, CURVE, PARTS_OF_A_RUN, Places, Plan, runs
-from nezha_vllm.ablations import FREE_LABEL, LABELS, OVER_CODES, label
+from nezha_vllm.ablations import LABELS
 
 UNVERIFIED = "NEZHA-4, no verification"
 OURS = LABELS["nezha"]
-OURS_OVER_CODES = label("nezha", "codes")  # as in the paper
+PLAIN = ", no item tokens"  # as in the paper
+OVER_CATALOGUE = ", softmax over the catalogue"
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,12 @@ class Result:
 
 
 def _method(row: Mapping[str, str], config: Mapping[str, Any]) -> str:
-    """Told apart by softmax and validity. Rows from before there was a choice had a softmax over all codes."""
-    method, trained = row["method"], config.get("method")
-    if trained in LABELS and "softmax" not in config and OVER_CODES not in method:
-        method = method.replace(LABELS[trained], label(trained, "codes"), 1)
-    if row["validity"] != "final" or method.startswith(FREE_LABEL):
-        return method
-    return UNVERIFIED if method == OURS_OVER_CODES else f"{method}, final validity"
+    """Also by what a model was trained with; rows from before there was a choice have none of it."""
+    name = UNVERIFIED if row["method"] == OURS and row["validity"] == "final" else row["method"]
+    if "family" not in config:
+        return name
+    name += "" if config.get("item_tokens") else PLAIN
+    return name + (OVER_CATALOGUE if config.get("softmax") == "catalogue" else "")
 
 
 def planned(paths: Sequence[Path]) -> set[str]:
@@ -85,10 +85,14 @@ def read_all(path: Path) -> list[Result]:
 def read(path: Path, split: str = "test", only: Collection[str] | None = None) -> list[Result]:
     """Results of a split, one a data set, model, method and seed: the newest. ``only``: names of runs that count.
 
+    Baselines hang on the data alone, and count with whatever model they were measured beside.
+
     A model that baselines were measured beside has a row of its own before, which is the one that counts.
     """
     found = [one for one in read_all(path) if one.row["split"] == split and not one.measures_beside]
-    found = [one for one in found if only is None or one.run in only]
+    if only is not None:
+        data = {one.row["data_hash"] for one in found if one.run in only}
+        found = [one for one in found if one.run in only or (not one.model and one.row["data_hash"] in data)]
     found.sort(key=lambda one: "-" not in one.run.rpartition("/")[2])
     return list({(*one.group, one.seed): one for one in found}.values())
 

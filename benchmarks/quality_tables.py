@@ -24,18 +24,17 @@ from benchmarks.quality_gaps import METRICS as GAP_METRICS
 from benchmarks.quality_gaps import Gap, gaps, kept_at
 from benchmarks.quality_minutes import TRAINING, gpu_minutes, total
 from benchmarks.quality_plan import Plan
-from benchmarks.quality_rows import OURS, OURS_OVER_CODES, UNVERIFIED, Result, mean, planned, read, read_all, spread
+from benchmarks.quality_rows import OURS, OVER_CATALOGUE, PLAIN, UNVERIFIED, Result, mean, planned, read, read_all, spread
 from benchmarks.rows import RESULTS
 from benchmarks.tables import fill
-from nezha_vllm.ablations import CONSTRAINED_LABEL, FREE_LABEL, LABELS, label
-from nezha_vllm.config import SOFTMAX_OVER
+from nezha_vllm.ablations import FREE_LABEL, LABELS
 from nezha_vllm.training.comparison import BASELINES
 
 METRICS = ("hit@5", "hit@10", "ndcg@5", "ndcg@10", "hit@500", "valid")
 HEADS = ("Hit@5", "Hit@10", "NDCG@5", "NDCG@10", "Hit@500", "valid beams", "GPU minutes")
-ORDER = [*BASELINES.values(), FREE_LABEL, CONSTRAINED_LABEL, LABELS["ar"]]
-ORDER += [label(method, softmax) for method in ("mtp", "nezha-1", "nezha-2", "nezha-3") for softmax in SOFTMAX_OVER]
-ORDER += [UNVERIFIED, OURS_OVER_CODES, OURS]
+ORDER = [*BASELINES.values(), FREE_LABEL, LABELS["ar"], LABELS["mtp"], *(LABELS[f"nezha-{n}"] for n in (1, 2, 3))]
+ORDER += [UNVERIFIED, OURS]
+ORDER = [f"{method}{variant}" for method in ORDER for variant in ("", OVER_CATALOGUE, PLAIN, PLAIN + OVER_CATALOGUE)]
 PLANS = ROOT / "benchmarks" / "plans"
 LEVELS = PLANS / "quality-curves.toml"
 PICTURES = {

@@ -20,20 +20,10 @@ LABELS = {
     "nezha-2": "NEZHA-2, no placeholders",
     "nezha-3": "NEZHA-3, summed context state",
     "mtp": "MTP heads",
-    AUTOREGRESSIVE: "language model, softmax over the catalogue",
+    AUTOREGRESSIVE: "language model, constrained beam search",
 }
-OVER_CODES = ", softmax over all codes"
-# the language model with a softmax over its whole vocabulary; decoded freely, it loses the beams that are no item
-FREE_LABEL = "language model, beam search"
-CONSTRAINED_LABEL = "language model, constrained beam search"
+FREE_LABEL = "language model, beam search"  # over its whole vocabulary; invalid beams are lost
 WITHOUT_PLACEHOLDERS = ("nezha-2", "mtp")  # every level reads h_0
-
-
-def label(method: str, softmax: str) -> str:
-    """What tables call a model whose beams follow the catalogue; those of ``LABELS`` have a softmax over it, too."""
-    if softmax == "catalogue":
-        return LABELS[method]
-    return CONSTRAINED_LABEL if method == AUTOREGRESSIVE else LABELS[method] + OVER_CODES
 
 
 class NoContextHead(DraftHead):

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from nezha_vllm.ablations import HEADS, LABELS, label
+from nezha_vllm.ablations import HEADS, LABELS
 from nezha_vllm.beam import BeamSearch
 from nezha_vllm.catalogue import Catalogue
-from nezha_vllm.config import METHODS, SOFTMAX_OVER
+from nezha_vllm.config import METHODS
 from nezha_vllm.data.dataset import Dataset
 from nezha_vllm.engine.settings import ServerSettings
 from nezha_vllm.training.comparison import compare
@@ -43,9 +43,6 @@ def rings():
 
 def test_every_method_has_a_head_and_a_label():
     assert set(METHODS) == set(LABELS) == {*HEADS, "ar"}
-    labels = [label(method, softmax) for method in METHODS for softmax in SOFTMAX_OVER]
-    assert len(set(labels)) == len(METHODS) * len(SOFTMAX_OVER)
-    assert label("nezha-1", "codes") == "NEZHA-1, no context state, softmax over all codes"
 
 
 @pytest.mark.parametrize("method", HEADS)
@@ -123,17 +120,6 @@ def test_checkpoints_are_compared_in_pairs(catalogue, rings, tmp_path):
     fewer = Catalogue.build(ITEMS[:20], catalogue.codes[catalogue.rows(ITEMS[:20])], list(SIZES))
     with pytest.raises(ValueError, match="b ranks other items"):
         compare(ours.model, catalogue, rings, others=[replace(others[0], catalogue=fewer)], **ask)
-
-
-def test_models_with_either_softmax_stand_in_one_table(catalogue, rings, tmp_path):
-    for softmax in SOFTMAX_OVER:
-        model, tokenizer, dtype = starting_model("scratch", catalogue, SHAPE, 0, "nezha", softmax)
-        save_trained(tmp_path / softmax, model, tokenizer, catalogue, dtype, TrainingOptions(softmax=softmax))
-    ours, other = load_trained(tmp_path / "catalogue"), load_trained(tmp_path / "codes")
-    ask = {"part": "test", "max_history": 5, "beam_width": 10, "baselines": [], "options": ours.options}
-    found = compare(ours.model, catalogue, rings, others=[other], **ask)
-    assert list(found.rows) == ["NEZHA, softmax over all codes", "NEZHA"]
-    assert [options["softmax"] for options in found.options.values()] == ["codes", "catalogue"]
 
 
 def test_final_validity_returns_fewer_items(catalogue, rings):

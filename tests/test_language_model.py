@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nezha_vllm.ablations import CONSTRAINED_LABEL, FREE_LABEL, LABELS
+from nezha_vllm.ablations import FREE_LABEL, LABELS
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.config import SOFTMAX_OVER
 from nezha_vllm.engine.settings import ServerSettings
@@ -180,12 +180,12 @@ def test_a_comparison_shows_both_ways_of_decoding(tmp_path):
     model = tiny()
     ask = {"part": "test", "max_history": 5, "beam_width": 8}
     found = compare(model, catalogue, dataset, baselines=["popularity"], alone=3, **ask)
-    free, constrained = found.rows[FREE_LABEL], found.rows[CONSTRAINED_LABEL]
-    assert list(found.rows) == ["popularity", FREE_LABEL, CONSTRAINED_LABEL]
+    free, constrained = found.rows[FREE_LABEL], found.rows[LABELS["ar"]]
+    assert list(found.rows) == ["popularity", FREE_LABEL, LABELS["ar"]]
     assert free["valid"] < constrained["valid"] == 1
     assert "hit@500" in found.rows["popularity"]
     assert "hit@500" not in free
-    assert found.model == CONSTRAINED_LABEL
+    assert found.model == LABELS["ar"]
     assert table(found).row_count == 3
     append(tmp_path / "runs.csv", found, dataset)
     with open(tmp_path / "runs.csv", newline="") as file:
@@ -201,14 +201,6 @@ def test_a_comparison_shows_both_ways_of_decoding(tmp_path):
     only = compare(model, catalogue, dataset, baselines=[], validity="final", **ask)
     assert list(only.rows) == [FREE_LABEL]
     assert only.rows[FREE_LABEL] == free
-    # with a softmax over the catalogue it is decoded freely only if that is asked for, under a name of its own
-    model.config.softmax = "catalogue"
-    found = compare(model, catalogue, dataset, baselines=["popularity"], **ask)
-    assert list(found.rows) == ["popularity", LABELS["ar"]]
-    assert found.validities == {LABELS["ar"]: "stepwise"}
-    only = compare(model, catalogue, dataset, baselines=[], validity="final", **ask)
-    assert only.validities == {LABELS["ar"]: "final"}
-    assert only.rows[LABELS["ar"]]["valid"] < 1
 
 
 @pytest.mark.parametrize("tied", [True, False])

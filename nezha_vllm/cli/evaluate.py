@@ -24,11 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="folder made by `nezha prepare`")
     parser.add_argument("--split", choices=("test", "valid"), default="test", help="held-out items (%(default)s)")
     parser.add_argument("--beam-width", type=int, metavar="K", help="default: the checkpoint's, or its largest")
-    parser.add_argument(
-        "--validity",
-        choices=("stepwise", "final"),
-        help="default: the checkpoint's; final of one with a softmax over all codes is NEZHA-4",
-    )
+    parser.add_argument("--validity", choices=("stepwise", "final"), help="default: the checkpoint's; NEZHA-4 is final")
     parser.add_argument("--max-history", type=int, metavar="W", help="items of history; default as in training")
     parser.add_argument("--exclude-history", action="store_true", help="rank no item of the history")
     parser.add_argument(

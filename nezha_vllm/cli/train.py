@@ -63,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--softmax",
         choices=SOFTMAX_OVER,
-        help="over what a level's probabilities sum to one: those of its codes that lead to an item (catalogue, the "
-        "default) or all (codes, as in the paper); a checkpoint that is trained on keeps its own",
+        help="over what a level's probabilities sum to one: all of its codes (codes, the default) or those that lead to "
+        "an item (catalogue), which learns in half the epochs; a checkpoint that is trained on keeps its own",
     )
     option("--patience", int, "patience", "stop after so many validations without a better one; 0: never")
     option(

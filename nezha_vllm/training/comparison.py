@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nezha_vllm.ablations import FREE_LABEL, LABELS, label
+from nezha_vllm.ablations import FREE_LABEL, LABELS
 from nezha_vllm.config import AUTOREGRESSIVE
 from nezha_vllm.training.baselines import Baseline, ItemKnn, Markov, Popularity
 from nezha_vllm.training.evaluation import Track, Trained, device_name, ranked
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from nezha_vllm.catalogue import Catalogue
-    from nezha_vllm.config import NezhaFields
     from nezha_vllm.data.dataset import Dataset, Split
     from nezha_vllm.training.evaluation import NezhaModel
 
@@ -107,7 +106,7 @@ def compare(
         options: what the model was trained with, to be noted.
         baselines: keys of ``BASELINES``, in the order of the rows.
         others: further checkpoints, asked with the same beam width, each with its own history and validity. A language
-            model with a softmax over all codes has two rows, decoded freely and within the catalogue's prefixes.
+            model has two rows, decoded freely and within the catalogue's prefixes.
         server: serves the model, and is asked the same as one more row.
         alone: so many users are then asked one at a time, and timed, by each decoding.
         seed: of SASRec and of the bootstrap.
@@ -129,7 +128,7 @@ def compare(
     depth = DEEP_CUTOFF + longest
 
     mode = validity or model.config.validity
-    decodings = _decodings(model.config, validity)
+    decodings = _decodings(model.config.method, validity, mode)
     name_of_model = decodings[-1][0]
     ranks, seconds, trained, modes, shares, latency = {}, {}, {}, {}, {}, {}
 
@@ -171,9 +170,9 @@ def compare(
     for other in others:
         if set(other.catalogue.items["item_id"].to_pylist()) != set(catalogue.items["item_id"].to_pylist()):
             raise ValueError(f"{other.name} ranks other items than the first checkpoint, so no pair can be made")
-        for name, other_mode in _decodings(other.model.config, None):
-            taken = name in ranks or name in dict(decodings)
-            measure_beams(f"{name}: {other.name}" if taken else name, other, other_mode)
+        for label, other_mode in _decodings(other.model.config.method, None, other.model.config.validity):
+            taken = label in ranks or label in dict(decodings)
+            measure_beams(f"{label}: {other.name}" if taken else label, other, other_mode)
     if server is not None:
         over_http = f"{name_of_model} over HTTP"
         ask_server = {"max_history": max_history, "validity": mode, "catalogue_version": catalogue.version, **common}
@@ -186,8 +185,8 @@ def compare(
         trained[over_http], modes[over_http] = dict(options or {}), mode
         measure(over_http, ask_all)
     own = Trained("", model, catalogue, max_history, prefix, options or {})
-    for name, own_mode in decodings:
-        measure_beams(name, own, own_mode)
+    for label, own_mode in decodings:
+        measure_beams(label, own, own_mode)
 
     def figures(name: str) -> dict[str, float]:
         deep = name not in modes or width - longest >= DEEP_CUTOFF
@@ -217,17 +216,11 @@ def compare(
     )
 
 
-def _decodings(config: NezhaFields, validity: str | None) -> list[tuple[str, str]]:
-    """Label and validity mode of each row of a checkpoint, its main one last.
-
-    A language model with a softmax over the catalogue was not trained to be decoded freely, so that must be asked for.
-    """
-    name = label(config.method, config.softmax)
-    if config.method != AUTOREGRESSIVE:
-        return [(name, validity or config.validity)]
-    if config.softmax == "catalogue":
-        return [(name, validity or "stepwise")]
-    both = [(FREE_LABEL, "final"), (name, "stepwise")]
+def _decodings(method: str, validity: str | None, default: str) -> list[tuple[str, str]]:
+    """Label and validity mode of each row of a checkpoint, its main one last."""
+    if method != AUTOREGRESSIVE:
+        return [(LABELS[method], validity or default)]
+    both = [(FREE_LABEL, "final"), (LABELS[method], "stepwise")]
     return [row for row in both if validity in (None, row[1])]
 
 

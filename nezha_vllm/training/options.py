@@ -38,7 +38,7 @@ class TrainingOptions:
     patience: int = 0
     validate_every: int = 1
     select: str = "loss"
-    softmax: str = "catalogue"
+    softmax: str = "codes"
     item_tokens: int = 100_000
     item_token_dropout: float = 0.0
     seed: int = 0
