@@ -39,6 +39,9 @@ class Service:
         settings.check_version(catalogue.version)
         config = vllm_config.model_config.hf_config
         check_levels(settings.catalogue, catalogue.codec.codebook_sizes, config.codebook_sizes)
+        item_tokens = load_item_tokens(vllm_config.model_config.model, config)
+        if item_tokens is not None:
+            item_tokens.in_prompt(())  # makes its dictionary now, not with the first request
         service = cls(
             settings,
             catalogue,
@@ -46,7 +49,7 @@ class Service:
             tuple(config.placeholder_token_ids),
             config.first_item_token,
             vllm_config.model_config.max_model_len,
-            load_item_tokens(vllm_config.model_config.model, config),
+            item_tokens,
         )
         _SERVICES[vllm_config.model_config.model] = service
         return service
