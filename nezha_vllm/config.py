@@ -8,10 +8,9 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
-from nezha_vllm.semantic_id import SHARED_ID_POLICIES, SemanticIdCodec
+from nezha_vllm.semantic_id import SHARED_ID_POLICIES, SOFTMAX_OVER, SemanticIdCodec
 
 VALIDITY_MODES = ("stepwise", "final")
-SOFTMAX_OVER = ("codes", "catalogue")
 AUTOREGRESSIVE = "ar"  # the language model: no draft head, a forward pass a code
 METHODS = ("nezha", "nezha-1", "nezha-2", "nezha-3", "mtp", AUTOREGRESSIVE)
 MAX_LEVELS = 8

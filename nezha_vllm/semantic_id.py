@@ -22,6 +22,7 @@ import numpy as np
 
 LEVEL_NAMES = "abcdefghijklmnopqrstuvwxyz"
 SHARED_ID_POLICIES = ("expand", "first", "round_robin")  # how items of one semantic ID come out, see ``sharing``
+SOFTMAX_OVER = ("codes", "catalogue")  # see ``config.NezhaFields``, whose module takes seconds to import
 
 
 def code_token(level: int, code: int) -> str:

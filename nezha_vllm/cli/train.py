@@ -15,7 +15,7 @@ SUMMARY = "train a checkpoint from a data set and a catalogue"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from nezha_vllm.config import SOFTMAX_OVER
+    from nezha_vllm.semantic_id import SOFTMAX_OVER
     from nezha_vllm.training.options import TrainingOptions
 
     default = TrainingOptions()

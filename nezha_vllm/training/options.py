@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nezha_vllm.config import SOFTMAX_OVER
+from nezha_vllm.semantic_id import SOFTMAX_OVER
 
 
 @dataclass(frozen=True)
