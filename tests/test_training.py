@@ -253,7 +253,7 @@ def test_a_checkpoint_keeps_its_softmax(catalogue, rings, tmp_path):
             starting_model(str(saved), catalogue, SHAPE, 0, softmax=other)
         # and has a loss without being told of its catalogue
         assert target_loss(again, catalogue, rings.sequences, [ITEMS[0]] * len(rings.sequences), max_history=4) > 0
-    assert start(catalogue)[0].config.softmax == "catalogue"
+    assert start(catalogue)[0].config.softmax == "codes"
     with pytest.raises(ValueError, match="softmax is 'items', must be one of"):
         TrainingOptions(softmax="items")
 

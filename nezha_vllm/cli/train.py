@@ -63,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--softmax",
         choices=SOFTMAX_OVER,
-        help="over what a level's probabilities sum to one: all of its codes (codes, the default) or those that lead to "
-        "an item (catalogue), which learns in half the epochs; a checkpoint that is trained on keeps its own",
+        help="over what a level's probabilities sum to one: all of its codes (codes, the default) or those that lead "
+        "to an item (catalogue), which learns in half the epochs; a checkpoint that is trained on keeps its own",
     )
     option("--patience", int, "patience", "stop after so many validations without a better one; 0: never")
     option(
@@ -124,7 +124,8 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer, dtype = starting_model(
         arguments.backbone, catalogue, arguments, options.seed, arguments.method, arguments.softmax
     )
-    options = replace(options, softmax=model.config.softmax)
+    tokens = model.config.num_item_tokens or options.item_tokens
+    options = replace(options, softmax=model.config.softmax, item_tokens=tokens)  # as results note them
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
         f"{dataset.name}: {dataset.counts}; {parameters:,} parameters in {model.config.num_hidden_layers} layers of "

@@ -42,7 +42,7 @@ def starting_model(
         backbone: ``scratch``, a local Hugging Face folder, or a NEZHA checkpoint.
         shape: ``family``, ``hidden``, ``layers``, ``heads`` and ``intermediate`` of a model from scratch.
         method: one of ``config.METHODS``; None is ``nezha``, or a NEZHA checkpoint's own.
-        softmax: one of ``config.SOFTMAX_OVER``; None is ``catalogue``, or a NEZHA checkpoint's own.
+        softmax: one of ``config.SOFTMAX_OVER``; None is ``codes``, or a NEZHA checkpoint's own.
     """
     register_models()
     torch.manual_seed(seed)
