@@ -13,8 +13,8 @@ from nezha_vllm.training.significance import Difference
 
 BEAM_SEARCHES = {FREE_LABEL: "beam search", LABELS["ar"]: "constrained beam search"}
 BEAM_SEARCHES |= {f"{label}{PLAIN}": f"{name}{PLAIN}" for label, name in BEAM_SEARCHES.items()}
-RIVALS = BEAM_SEARCHES | {f"{OURS}{PLAIN}": f"{OURS}{PLAIN}"} | {LABELS["mtp"]: "MTP"} | {LABELS[f"nezha-{n}"]: f"NEZHA-{n}" for n in (1, 2, 3)}
-RIVALS |= {UNVERIFIED: "NEZHA-4"}
+RIVALS = BEAM_SEARCHES | {f"{OURS}{PLAIN}": f"{OURS}{PLAIN}", LABELS["mtp"]: "MTP"}
+RIVALS |= {LABELS[f"nezha-{n}"]: f"NEZHA-{n}" for n in (1, 2, 3)} | {UNVERIFIED: "NEZHA-4"}
 # Hit@10 and NDCG@10 on the 5-core of 22,363 users, leave-one-out, full ranking
 PUBLISHED = {
     "beauty-file-order": {

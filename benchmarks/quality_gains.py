@@ -2,8 +2,9 @@
 
 python -m benchmarks.quality_gains benchmarks/plans/quality-search.toml [--results FILE] [--metric ndcg@10]
 
-A gain is relative, in percent of the base of the same data set and method, means over seeds. Indexes, which are data
-sets of their own, are set against the base of the data set with the same sequences on which most was tried.
+A gain is relative, in percent of the base of the same data set and method of the plan, means over seeds; item tokens
+and softmax are options like others. Indexes, which are data sets of their own, are set against the base of the data set
+with the same sequences on which most was tried.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def gains(results: Sequence[Result], metric: str) -> list[tuple[str, str, dict[s
     groups: dict[tuple[str, str, str, str], list[float]] = {}
     for one in results:
         if one.model:  # no baselines
-            key = one.row["data_hash"], one.dataset, one.run.split("/")[1], one.method
+            key = one.row["data_hash"], one.dataset, one.run.split("/")[1], one.planned_method
             groups.setdefault(key, []).append(one.number(metric))
     bases: dict[tuple[str, str], tuple[str, float]] = {}
     for (data, dataset, option, method), values in sorted(groups.items(), key=lambda item: len(item[0][1])):

@@ -48,10 +48,11 @@ class Job:
 class Plan:
     """``datasets`` and ``models``: name → arguments of each verb, ``{data}`` is the folder of the raw files.
 
-    ``by_method``: what a method is trained with besides, or instead. ``order``: what is run first, next and so on, each a table of some ``datasets``, ``models``, ``methods`` and
-    ``seeds``, all where it names none; without it everything, seed by seed. ``curve``: beam widths at which NEZHA of
-    the first model and seed is measured too, with either validity. ``alone``: so many users are asked one at a time,
-    with nothing else on the machine, by every decoding of the first model and seed.
+    ``by_method``: what a method is trained with besides, or instead. ``order``: what is run first, next and so on,
+    each a table of some ``datasets``, ``models``, ``methods`` and ``seeds``, all where it names none; without it
+    everything, seed by seed. ``curve``: beam widths at which NEZHA of the first model and seed is measured too, with
+    either validity. ``alone``: so many users are asked one at a time, with nothing else on the machine, by every
+    decoding of the first model and seed.
     """
 
     datasets: dict[str, dict[str, list[str]]]
@@ -80,6 +81,9 @@ class Plan:
             raise ValueError(
                 f"{path}: methods are some of {', '.join(METHODS)}, not {unknown}; and there must be seeds"
             )
+        trained = {_trained_as(method) for method in plan.methods}
+        if strange := sorted(set(plan.by_method) - trained):
+            raise ValueError(f"{path}: by_method has {strange}, the plan trains {sorted(trained)}")
         for table, verbs in TABLES.items():
             for name, arguments in getattr(plan, table).items():
                 if strange := sorted(set(arguments) - set(verbs)):
@@ -140,7 +144,7 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
     All but the first wait for it, whose rows are safe by then; where a checkpoint is gone they train it again.
     """
     folder, _ = _dataset(plan, places, dataset)
-    trained = "nezha" if method == "nezha-4" else method
+    trained = _trained_as(method)
     name, checkpoint, train = _trained(plan, places, dataset, model, trained, seed)
 
     def evaluate(run: str, *more: str) -> Step:
@@ -181,6 +185,10 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
         Job(f"{name}: widths", widths if len(widths) > 1 else [], last),
         Job(f"{name}: alone", alone, name, alone=True),
     ]
+
+
+def _trained_as(method: str) -> str:
+    return "nezha" if method == "nezha-4" else method
 
 
 def _trained(plan: Plan, places: Places, dataset: str, model: str, method: str, seed: int) -> tuple[str, Path, Step]:

@@ -38,9 +38,8 @@ def draw_all(
         if widths:
             title = f"{OURS}: beam width and validity"
             paths.append(draw(images / "quality-widths.svg", _widths(widths), title, origin(widths)))
-        if levels:
-            rows = [one for by in levels.values() for found in by.values() for one in found]
-            title = f"{OURS} on {next(iter(levels.values()))[OURS][0].dataset}: level sizes"
+        if rows := [one for by in levels.values() for found in by.values() for one in found]:
+            title = f"{OURS} on {rows[0].dataset}: level sizes"
             paths.append(draw(images / "quality-levels.svg", _levels(levels), title, origin(rows)))
         if times:
             paths.append(draw(images / "quality-time.svg", _times(times), "Validation items over training time", said))

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.quality_plan import ALONE, CURVE, PARTS_OF_A_RUN, Places, Plan, runs
+from benchmarks.quality_plan import PLAIN as PLAIN_RUN
 from nezha_vllm.ablations import LABELS
 
 UNVERIFIED = "NEZHA-4, no verification"
@@ -52,6 +53,17 @@ class Result:
         return self.dataset, self.model, self.method
 
     @property
+    def data(self) -> tuple[str, str]:
+        """Also by name: indexes of the same sequences are data sets of their own."""
+        return self.dataset, self.row["data_hash"]
+
+    @property
+    def planned_method(self) -> str:
+        """The method without what options of the plan made of it."""
+        method = self.method.removesuffix(OVER_CATALOGUE).removesuffix(PLAIN)
+        return method + (PLAIN if self.run.split("/")[2].endswith(PLAIN_RUN) else "")
+
+    @property
     def measures_beside(self) -> bool:
         """Whether it is a row of beam widths or of latency, which the main tables do not have."""
         return CURVE in self.run or ALONE in self.run
@@ -85,14 +97,13 @@ def read_all(path: Path) -> list[Result]:
 def read(path: Path, split: str = "test", only: Collection[str] | None = None) -> list[Result]:
     """Results of a split, one a data set, model, method and seed: the newest. ``only``: names of runs that count.
 
-    Baselines hang on the data alone, and count with whatever model they were measured beside.
-
-    A model that baselines were measured beside has a row of its own before, which is the one that counts.
+    Baselines hang on the data alone, and count whatever model they were measured beside. A model that baselines were
+    measured beside has a row of its own before, which is the one that counts.
     """
     found = [one for one in read_all(path) if one.row["split"] == split and not one.measures_beside]
     if only is not None:
-        data = {one.row["data_hash"] for one in found if one.run in only}
-        found = [one for one in found if one.run in only or (not one.model and one.row["data_hash"] in data)]
+        data = {one.data for one in found if one.run in only}
+        found = [one for one in found if one.run in only or (not one.model and one.data in data)]
     found.sort(key=lambda one: "-" not in one.run.rpartition("/")[2])
     return list({(*one.group, one.seed): one for one in found}.values())
 

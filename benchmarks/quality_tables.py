@@ -24,7 +24,18 @@ from benchmarks.quality_gaps import METRICS as GAP_METRICS
 from benchmarks.quality_gaps import Gap, gaps, kept_at
 from benchmarks.quality_minutes import TRAINING, gpu_minutes, total
 from benchmarks.quality_plan import Plan
-from benchmarks.quality_rows import OURS, OVER_CATALOGUE, PLAIN, UNVERIFIED, Result, mean, planned, read, read_all, spread
+from benchmarks.quality_rows import (
+    OURS,
+    OVER_CATALOGUE,
+    PLAIN,
+    UNVERIFIED,
+    Result,
+    mean,
+    planned,
+    read,
+    read_all,
+    spread,
+)
 from benchmarks.rows import RESULTS
 from benchmarks.tables import fill
 from nezha_vllm.ablations import FREE_LABEL, LABELS
