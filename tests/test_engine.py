@@ -116,7 +116,9 @@ def test_items_that_share_an_id_follow_each_other_in_the_catalogues_order(llm: L
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LLM, Path]]:
     """An engine of 400 items, whose softmax is over them, with tokens for half of their semantic IDs."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("small") / "small", items=400, softmax="catalogue", item_tokens=200)
+    folder = make_checkpoint(
+        tmp_path_factory.mktemp("small") / "small", items=400, softmax="catalogue", item_tokens=200
+    )
     with in_process(folder, max_model_len=64, num_gpu_blocks_override=16) as engine:
         yield engine, folder
 

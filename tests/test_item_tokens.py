@@ -129,7 +129,7 @@ def test_weights_of_another_checkpoint_are_refused(folder, model, tmp_path):
     weights = load_file(folder / "model.safetensors")
     for keys in (weights[KEYS][:-1], weights[KEYS].flip(0), weights[KEYS] + config.codec.capacity):
         save_file({**weights, KEYS: keys.contiguous()}, tmp_path / "model.safetensors")
-        with pytest.raises(ValueError, match="not the 20 semantic IDs that config.json counts"):
+        with pytest.raises(ValueError, match=r"not the 20 semantic IDs that config\.json counts"):
             load_item_tokens(tmp_path, config)
     save_file({name: tensor for name, tensor in weights.items() if name != KEYS}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="not the 20 semantic IDs"):

@@ -18,9 +18,8 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 if DEVICE == "cpu":  # in a process of its own; what writes a plan takes nothing of this, and it imports vLLM for 10 s
     sys.modules["nezha_vllm.engine.draft_stage"] = SimpleNamespace(Search=None)  # type: ignore[assignment]
 
-from nezha_vllm.kernels import step_inputs  # noqa: E402
-
 from nezha_vllm.engine import step_plan  # noqa: E402
+from nezha_vllm.kernels import step_inputs  # noqa: E402
 
 PAD_SLOT = -1
 STATES = 4

@@ -142,7 +142,8 @@ class _NezhaMixin(PreTrainedModel):
             return self.item_embeddings.tokens
         if not self.config.num_item_tokens:
             return None
-        return checked(getattr(self, KEYS).cpu().numpy(), self.config, "this checkpoint")
+        config: Any = self.config
+        return checked(getattr(self, KEYS).cpu().numpy(), config, "this checkpoint")
 
     @torch.no_grad()
     def settle_item_tokens(self) -> None:
