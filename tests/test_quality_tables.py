@@ -45,6 +45,7 @@ def test_a_shared_gpu_is_divided_among_those_at_work():
         result("b-final", 11, trained=120, seed=1),  # alone, nothing is trained
         result("c", 10, trained=60, seed=2, gpu="1"),  # on another GPU
         result("d", 10, trained=60, seed=3, device="cpu"),
+        result("e", 30, trained=120, seed=1, item_tokens=0),  # b's seconds, but another training
     ]
     minutes = gpu_minutes(rows)
     assert minutes["a", TRAINING] == pytest.approx(2 + 2 / 2)
@@ -52,6 +53,7 @@ def test_a_shared_gpu_is_divided_among_those_at_work():
     assert minutes["a", EVALUATION] == minutes["b", EVALUATION] == pytest.approx(1 / 2)
     assert minutes["b-final", EVALUATION] == pytest.approx(1)
     assert ("b-final", TRAINING) not in minutes
+    assert minutes["e", TRAINING] == pytest.approx(2)
     assert minutes["c", TRAINING] == pytest.approx(1)
     assert not total(minutes, ["d"])
     assert total(minutes, ["a", "b"]) == pytest.approx(5)
