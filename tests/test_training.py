@@ -258,16 +258,22 @@ def test_a_checkpoint_keeps_its_softmax(catalogue, rings, tmp_path):
         TrainingOptions(softmax="items")
 
 
-def test_train_takes_the_softmax_and_notes_it(catalogue, rings, tmp_path, capsys):
+def test_train_notes_softmax_and_item_tokens_also_those_it_went_on_from(catalogue, rings, tmp_path, capsys):
     rings.save(tmp_path / "rings")
     catalogue.save(tmp_path / "catalogue")
     words = ["train", tmp_path / "rings", tmp_path / "catalogue", "--out", tmp_path / "model", "--epochs", "1"]
-    assert cli.main([*map(str, words), "--softmax", "codes"]) == 0
-    found = [json.loads((tmp_path / "model" / name).read_text()) for name in ("config.json", "training.json")]
-    assert [file["softmax"] for file in found] == ["codes", "codes"]
+    assert cli.main([*map(str, words), "--softmax", "catalogue", "--item-tokens", "5"]) == 0
+    config, notes = (json.loads((tmp_path / "model" / name).read_text()) for name in ("config.json", "training.json"))
+    assert config["softmax"] == notes["softmax"] == "catalogue"
+    assert config["num_item_tokens"] == notes["item_tokens"] == 5
     words = ["train", tmp_path / "rings", tmp_path / "catalogue", "--out", tmp_path / "more", "--epochs", "1"]
-    assert cli.main([*map(str, words), "--backbone", str(tmp_path / "model"), "--softmax", "catalogue"]) == 2
-    assert "a softmax over codes: leave --softmax out" in capsys.readouterr().err
+    words = [*map(str, words), "--backbone", str(tmp_path / "model")]
+    assert cli.main([*words, "--softmax", "codes"]) == 2
+    assert "a softmax over catalogue: leave --softmax out" in capsys.readouterr().err
+    assert cli.main([*words, "--item-tokens", "0"]) == 0
+    config, notes = (json.loads((tmp_path / "more" / name).read_text()) for name in ("config.json", "training.json"))
+    assert config["softmax"] == notes["softmax"] == "catalogue"
+    assert config["num_item_tokens"] == notes["item_tokens"] == 5
 
 
 def test_learning_rates_and_decay_by_part(catalogue):
