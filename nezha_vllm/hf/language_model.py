@@ -32,7 +32,7 @@ def language_model_beam_search(
     that lead to an item. ``stepwise`` masks every step by the catalogue's prefixes; else every token competes at every
     step, L steps are taken, and beams that are no item are lost.
     """
-    step = max(1, MAX_SCORES // (width * model.config.vocab_size))
+    step = max(1, MAX_SCORES // (width * model.config.first_item_token))
     slices = [slice(start, start + step) for start in range(0, len(input_ids), step)]
     parts = [_search(model, input_ids[part], attention_mask[part], keys_M, width, stepwise) for part in slices]
     names = "index_NK", "log_probs_NKL", "scores_NK", "drafted_N", "valid_N"

@@ -40,7 +40,7 @@ class TrainingOptions:
     select: str = "loss"
     softmax: str = "codes"
     item_tokens: int = 100_000
-    item_token_dropout: float = 0.0
+    item_token_dropout: float = 0.3
     seed: int = 0
 
     def __post_init__(self) -> None:
