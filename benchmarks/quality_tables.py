@@ -93,8 +93,8 @@ def make(results: Sequence[Result], found: Sequence[Gap] = (), minutes: Minutes 
     parts = []
     for dataset in dict.fromkeys(one.dataset for one in results):
         here = [one for one in results if one.dataset == dataset]
-        newest = [one.row for one in here]
-        commits = ", ".join(dict.fromkeys(row["commit"] for row in newest if row["commit"]))
+        commits = ", ".join(dict.fromkeys(one.row["commit"] for one in here if one.row["commit"]))
+        newest = [one.row for one in here if one.model] or [one.row for one in here]
         kept = "left out" if newest[-1]["exclude_history"] == "True" else "kept in the ranking"
         said = (
             f"{int(newest[-1]['targets']):,} users, all {int(newest[-1]['items']):,} items ranked, "
