@@ -63,13 +63,8 @@ class ItemTokens:
         return {tuple(codes): self.first + number for number, codes in enumerate(tokens)}
 
 
-def load_item_tokens(folder: str | os.PathLike[str], config: NezhaConfig) -> ItemTokens | None:
-    """Those of a checkpoint folder; None if it has none.
-
-    Raises ``ValueError`` where config.json counts other ones than the weights hold.
-    """
-    if not config.num_item_tokens:
-        return None
+def load_item_tokens(folder: str | os.PathLike[str], config: NezhaConfig) -> ItemTokens:
+    """Those of a checkpoint folder. Raises ``ValueError`` where config.json counts other ones than the weights hold."""
     from safetensors import safe_open
 
     folder = Path(folder)

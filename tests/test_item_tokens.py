@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,6 +80,26 @@ def test_a_checkpoint_knows_its_item_tokens(folder, model):
     found = load_item_tokens(folder, config)
     assert found.keys.tolist() == model.item_tokens.keys.tolist() == stored[KEYS].tolist()
     assert found.first == config.first_item_token
+
+
+def test_they_survive_a_round_trip_in_shards_and_in_half_precision(folder, model, tmp_path):
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for found in (again.item_tokens, load_item_tokens(tmp_path, again.config)):
+        assert found.keys.tolist() == model.item_tokens.keys.tolist()
+
+
+def test_a_server_finds_those_of_a_checkpoint_on_a_hub(folder, model, monkeypatch):
+    pytest.importorskip("vllm")
+    import huggingface_hub
+
+    from nezha_vllm.frontend.service import Service
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    served = SimpleNamespace(model="someone/model", revision=None, hf_config=model.config, max_model_len=64)
+    service = Service.load(SimpleNamespace(model_config=served, additional_config=None))
+    assert service.item_tokens.keys.tolist() == model.item_tokens.keys.tolist()
 
 
 def test_an_item_token_is_its_codes_and_a_vector_of_its_own(model):
