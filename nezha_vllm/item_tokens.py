@@ -51,11 +51,9 @@ class ItemTokens:
 
         By look-ups in a dictionary: 128 tokens take a tenth of the time that NumPy's calls would.
         """
-        levels, found, known = len(self.offsets), list(token_ids), self._by_codes
-        for at, codes in enumerate(zip(*(token_ids[level:] for level in range(levels)), strict=False), levels - 1):
-            if codes in known:
-                found[at] = known[codes]
-        return found
+        levels = len(self.offsets)
+        items = zip(*(token_ids[level:] for level in range(levels)), strict=False)
+        return [*token_ids[: levels - 1], *map(self._by_codes.get, items, token_ids[levels - 1 :])]
 
     @cached_property
     def _by_codes(self) -> dict[tuple[int, ...], int]:
