@@ -66,11 +66,13 @@ def load_item_tokens(folder: str | os.PathLike[str], config: NezhaConfig) -> Ite
     from safetensors import safe_open
 
     folder = Path(folder)
-    index, name = folder / "model.safetensors.index.json", "model.safetensors"
+    index, file = folder / "model.safetensors.index.json", "model.safetensors"
     if index.is_file():
-        name = json.loads(index.read_text(encoding="utf-8"))["weight_map"].get(KEYS, name)
-    with safe_open(folder / name, "np") as weights:
-        keys = weights.get_tensor(KEYS) if KEYS in weights.keys() else np.empty(0, np.int64)  # noqa: SIM118
+        file = json.loads(index.read_text(encoding="utf-8"))["weight_map"].get(KEYS)
+    keys = np.empty(0, np.int64)
+    if file:
+        with safe_open(folder / file, "np") as weights:
+            keys = weights.get_tensor(KEYS) if KEYS in weights.keys() else keys  # noqa: SIM118
     return checked(keys, config, str(folder))
 
 

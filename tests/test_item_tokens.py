@@ -155,6 +155,9 @@ def test_weights_of_another_checkpoint_are_refused(folder, model, tmp_path):
     save_file({name: tensor for name, tensor in weights.items() if name != KEYS}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="not the 20 semantic IDs"):
         load_item_tokens(tmp_path, config)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(ValueError, match="not the 20 semantic IDs"):
+        load_item_tokens(tmp_path, config)
     written = json.loads((folder / "config.json").read_text())
     for count in (-1, config.vocab_size):
         with pytest.raises(ValueError, match=f"num_item_tokens {count}"):
