@@ -179,6 +179,10 @@ def test_items_with_and_without_tokens_are_served_as_the_reference_has_them(smal
         assert_same_answer(of_output(ask(engine, [prompt], n=200, beam_width=512)[0]), expected)
     unseen = of_output(ask(engine, [named], n=200, beam_width=512, exclude_history=True)[0])
     assert not set(history) & {item for item, _ in unseen}
+    [output] = ask(engine, [named], n=200, beam_width=512)
+    assert output.prompt_token_ids == [*coded["prompt_token_ids"], *model.config.placeholder_token_ids]
+    again = {"prompt_token_ids": output.prompt_token_ids}
+    assert of_output(ask(engine, [again], n=200, beam_width=512)[0]) == of_output(output)
     with pytest.raises(VLLMValidationError, match="token ids outside"):  # it would hide an item from `exclude_history`
         ask(engine, [{"prompt_token_ids": [model.config.first_item_token]}])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,6 +82,26 @@ def test_a_checkpoint_knows_its_item_tokens(folder, model):
     assert found.first == config.first_item_token
 
 
+def test_they_survive_a_round_trip_in_shards_and_in_half_precision(folder, model, tmp_path):
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for found in (again.item_tokens, load_item_tokens(tmp_path, again.config)):
+        assert found.keys.tolist() == model.item_tokens.keys.tolist()
+
+
+def test_a_server_finds_those_of_a_checkpoint_on_a_hub(folder, model, monkeypatch):
+    pytest.importorskip("vllm")
+    import huggingface_hub
+
+    from nezha_vllm.frontend.service import Service
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    served = SimpleNamespace(model="someone/model", revision=None, hf_config=model.config, max_model_len=64)
+    service = Service.load(SimpleNamespace(model_config=served, additional_config=None))
+    assert service.item_tokens.keys.tolist() == model.item_tokens.keys.tolist()
+
+
 def test_an_item_token_is_its_codes_and_a_vector_of_its_own(model):
     """Before and after they become rows of the embeddings like any others."""
     config = NezhaLlamaConfig(**{**model.config.to_dict(), "num_item_tokens": 0})
@@ -132,6 +153,9 @@ def test_weights_of_another_checkpoint_are_refused(folder, model, tmp_path):
         with pytest.raises(ValueError, match=r"not the 20 semantic IDs that config\.json counts"):
             load_item_tokens(tmp_path, config)
     save_file({name: tensor for name, tensor in weights.items() if name != KEYS}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="not the 20 semantic IDs"):
+        load_item_tokens(tmp_path, config)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
     with pytest.raises(ValueError, match="not the 20 semantic IDs"):
         load_item_tokens(tmp_path, config)
     written = json.loads((folder / "config.json").read_text())

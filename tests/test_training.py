@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -223,6 +224,17 @@ def test_a_checkpoint_whose_averages_were_not_written_is_not_whole(tmp_path):
     (first / FILE).touch()
     assert resumable(tmp_path, "run", [FILE]) == str(first)
     assert not last.exists()
+
+
+def test_users_without_items_change_nothing(catalogue, rings, tmp_path):
+    split, found = rings.leave_one_out(), []
+    for more in ([], [[], ITEMS[:1]]):
+        model, _ = start(catalogue)
+        some = replace(split, train=[*more, *split.train])
+        options = TrainingOptions(**(FAST | {"epochs": 1}))
+        fit(model, catalogue, some, options, tmp_path / "run", write=lambda line: None)
+        found.append(model.item_tokens.keys.tolist())
+    assert found[0] == found[1] == catalogue.keys.tolist()
 
 
 def test_another_run_does_not_resume_from_the_first(catalogue, rings, tmp_path):

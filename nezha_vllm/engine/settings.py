@@ -117,9 +117,16 @@ def _poll_seconds(options: dict[str, Any]) -> float:
 
 
 def _resolve(catalogue: str, model: str, revision: str | None) -> Path:
-    """Folder of the catalogue: absolute, inside the local checkpoint, or inside a checkpoint on a hub."""
-    if Path(catalogue).is_absolute() or Path(model).is_dir():
-        return Path(model, catalogue)
+    """Folder of the catalogue: absolute, or inside the checkpoint."""
+    if Path(catalogue).is_absolute():
+        return Path(catalogue)
+    return checkpoint_folder(model, revision, f"{catalogue}/*") / catalogue
+
+
+def checkpoint_folder(model: str, revision: str | None, files: str) -> Path:
+    """The local checkpoint, or what one on a hub has of these files."""
+    if Path(model).is_dir():
+        return Path(model)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, revision=revision, allow_patterns=f"{catalogue}/*"), catalogue)
+    return Path(snapshot_download(model, revision=revision, allow_patterns=files))

@@ -144,7 +144,7 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     from vllm import SamplingParams
 
     from nezha_vllm.frontend.errors import bad_request
-    from nezha_vllm.frontend.options import PLAN, engine_params, make_plan
+    from nezha_vllm.frontend.options import PLAN, PROMPT, engine_params, make_plan
     from nezha_vllm.frontend.prompts import complete_prompt
     from nezha_vllm.frontend.rules import PromptTokens
 
@@ -168,7 +168,9 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
             tokens.service = None  # vLLM keeps them while it streams, and the plan ends with the search
         params = engine_params(plan, params.output_kind)
         request = original(self, request_id, prompt, params, *args, **kwargs)
-        request.prompt_token_ids = service.engine_tokens(complete_prompt(request.prompt_token_ids, service))
+        completed = complete_prompt(request.prompt_token_ids, service)
+        setattr(params, PROMPT, completed)
+        request.prompt_token_ids = service.engine_tokens(completed)
         request.sampling_params = params
         return request
 
@@ -176,14 +178,17 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _from_new_request(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Give our requests a state that turns one engine output into n choices."""
+    """Give our requests a state that turns one engine output into n choices, and tells the prompt as it may be sent."""
     from nezha_vllm.frontend.answers import adopt
-    from nezha_vllm.frontend.options import PLAN
+    from nezha_vllm.frontend.options import PLAN, PROMPT
 
     def from_new_request(cls: type, tokenizer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         state = original(cls, tokenizer, request, *args, **kwargs)
         plan = getattr(request.sampling_params, PLAN, None)
-        return state if plan is None else adopt(state, plan)
+        if plan is None:
+            return state
+        state.prompt_token_ids = getattr(request.sampling_params, PROMPT, state.prompt_token_ids)
+        return adopt(state, plan)
 
     return from_new_request
 

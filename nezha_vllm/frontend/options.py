@@ -16,6 +16,7 @@ from nezha_vllm.frontend.service import Service
 
 OPTIONS = ("beam_width", "validity", *RULES)
 PLAN = "nezha_plan"  # a plain attribute of SamplingParams: it stays in this process
+PROMPT = "nezha_prompt"  # another: the prompt without item tokens, which no client may send
 NO_SAMPLING = "{} has no meaning for catalogue items, which are ranked and not sampled; leave it out"
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nezha_vllm.catalogue import Catalogue
-from nezha_vllm.engine.settings import ServerSettings
+from nezha_vllm.engine.settings import ServerSettings, checkpoint_folder
 from nezha_vllm.generation import FIRST, check_levels
 from nezha_vllm.item_tokens import ItemTokens, load_item_tokens
 
@@ -37,10 +37,12 @@ class Service:
         settings = ServerSettings.from_vllm(vllm_config)
         catalogue = Catalogue.load(settings.start_folder)
         settings.check_version(catalogue.version)
-        config = vllm_config.model_config.hf_config
+        model, config = vllm_config.model_config, vllm_config.model_config.hf_config
         check_levels(settings.catalogue, catalogue.codec.codebook_sizes, config.codebook_sizes)
-        item_tokens = load_item_tokens(vllm_config.model_config.model, config)
-        if item_tokens is not None:
+        item_tokens = None
+        if config.num_item_tokens:
+            folder = checkpoint_folder(model.model, model.revision, "model*.safetensors*")
+            item_tokens = load_item_tokens(folder, config)
             item_tokens.in_prompt(())  # makes its dictionary now, not with the first request
         service = cls(
             settings,
@@ -48,10 +50,10 @@ class Service:
             tuple(config.code_token_offsets),
             tuple(config.placeholder_token_ids),
             config.first_item_token,
-            vllm_config.model_config.max_model_len,
+            model.max_model_len,
             item_tokens,
         )
-        _SERVICES[vllm_config.model_config.model] = service
+        _SERVICES[model.model] = service
         return service
 
     def with_catalogue(self, catalogue: Catalogue, generation: str) -> Service:

@@ -64,7 +64,7 @@ def fit(
     sequences = codes_of(split.train, catalogue)
     segments = Segments(sequences, options.max_history)
     if options.item_tokens and not model.config.num_item_tokens:
-        keys = frequent_keys(sequences, model.config.codec, options.item_tokens)
+        keys = frequent_keys(segments.sequences, model.config.codec, options.item_tokens)
         model.item_embeddings = ItemEmbeddings(model.config, keys, model.model.embed_tokens)
     arguments = _arguments(options, run_folder, len(segments))
     device = arguments.device
