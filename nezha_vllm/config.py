@@ -108,6 +108,11 @@ class NezhaFields:
             raise ValueError(f"config.json: validity is {self.validity!r}, must be one of {VALIDITY_MODES}")
         if self.softmax not in SOFTMAX_OVER:
             raise ValueError(f"config.json: softmax is {self.softmax!r}, must be one of {SOFTMAX_OVER}")
+        if self.softmax == "catalogue" and self.validity == "final":
+            raise ValueError(
+                "config.json: validity is 'final', a search over all codes, which no model with a softmax over the "
+                "catalogue was trained for; set validity to 'stepwise'"
+            )
         if self.shared_ids not in SHARED_ID_POLICIES:
             raise ValueError(f"config.json: shared_ids is {self.shared_ids!r}, must be one of {SHARED_ID_POLICIES}")
         if not 1 <= self.beam_width <= self.max_beam_width <= MAX_BEAM_WIDTH:

@@ -112,9 +112,9 @@ def test_an_item_token_is_its_codes_and_a_vector_of_its_own(model):
     weight = training.model.embed_tokens.weight
     codes = torch.from_numpy(config.codec.codes_of_key(keys)) + torch.tensor(config.code_token_offsets)
     ids = torch.arange(config.vocab_size, config.vocab_size + len(keys))[None]
-    assert torch.equal(table(ids)[0], weight[codes].sum(1)), "its own vector starts at zero"
+    assert torch.allclose(table(ids)[0], weight[codes].sum(1), atol=1e-5), "its own vector starts at zero"
     table.own.weight.data.normal_()
-    assert torch.allclose(table(ids)[0], weight[codes].sum(1) + table.own.weight, atol=1e-6)
+    assert torch.allclose(table(ids)[0], weight[codes].sum(1) + table.own.weight, atol=1e-5)
     assert torch.equal(table(codes), weight[codes])
     prompt = torch.tensor([prompt_token_ids(config, config.codec.codes_of_key(keys[:4]), (), training.item_tokens)])
     assert (prompt >= config.vocab_size).sum() == 4
@@ -122,7 +122,7 @@ def test_an_item_token_is_its_codes_and_a_vector_of_its_own(model):
     training.settle_item_tokens()
     assert training.item_embeddings is None
     assert training.item_tokens.keys.tolist() == keys.tolist()
-    assert torch.allclose(training.hidden_states_for(prompt), before, atol=1e-6)
+    assert torch.allclose(training.hidden_states_for(prompt), before, atol=1e-5)
 
 
 @pytest.mark.parametrize("hidden_share", [0.0, 1.0])

@@ -101,8 +101,8 @@ def append_placeholders(history: list[int], service: Service) -> list[int]:
         raise bad_request(
             "prompt", "the prompt has a placeholder before its end; leave placeholders out, the server appends them"
         )
-    if not 0 <= min(history) <= max(history) < service.vocab_size:
-        raise bad_request("prompt", f"the prompt has token ids outside 0 to {service.vocab_size - 1}")
+    if not 0 <= min(history) <= max(history) < service.first_item_token:
+        raise bad_request("prompt", f"the prompt has token ids outside 0 to {service.first_item_token - 1}")
     return [*history, *service.placeholder_token_ids]
 
 

@@ -23,7 +23,7 @@ class Service:
     catalogue: Catalogue
     code_token_offsets: tuple[int, ...]
     placeholder_token_ids: tuple[int, ...]
-    vocab_size: int
+    first_item_token: int  # those below it are what clients send
     max_model_len: int
     item_tokens: ItemTokens | None = None
     generation: str = FIRST  # by which the engines know the catalogue

@@ -45,7 +45,9 @@ class ItemEmbeddings(nn.Module):
         item = ids - first
         known = (item >= 0)[..., None]
         item = item.clamp(min=0)
-        rows = F.embedding(self.codes[item], weight_VH).sum(-2) + self.own(item)
+        rows = self.own(item)
+        for codes_I in self.codes.T:  # one after another: their sum is all that has to be kept
+            rows = rows + F.embedding(codes_I[item], weight_VH)
         return torch.where(known, rows, F.embedding(ids.clamp(max=first - 1), weight_VH))
 
     @torch.no_grad()
