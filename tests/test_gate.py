@@ -184,3 +184,17 @@ def test_a_connection_goes_on_behind_a_refusal_whatever_was_uploaded(size: int) 
     assert asyncio.run(on_one_connection([split, other, [head + b"\r\n" + body], split])) == [503, 200, 503, 503]
     if size <= MAX_BODY:
         assert asyncio.run(on_one_connection([split, last])) == [503, 503]
+
+
+def test_all_middlewares_of_vllm_are_known() -> None:
+    from vllm.entrypoints.openai.api_server import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--api-key", "secret"])
+    app = build_app(args, ("generate",))
+    app.middleware_stack = application_itself = app.build_middleware_stack()
+    put_in_front(app, Admission(1, lambda: 1), PATHS)
+    assert app.middleware_stack is not application_itself
+    assert ask(app)[0] == 401
+    assert ask(app, authorization="Bearer secret")[0] == 503
