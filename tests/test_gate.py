@@ -187,8 +187,8 @@ def test_a_connection_goes_on_behind_a_refusal_whatever_was_uploaded(size: int) 
 
 
 def test_all_middlewares_of_vllm_are_known() -> None:
-    from vllm.entrypoints.openai.api_server import build_app
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.openai.api_server import build_app
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--api-key", "secret"])
