@@ -23,6 +23,10 @@ class Admission:
         self._most, self._searches, self._requests = most, searches, 0
 
     @property
+    def limited(self) -> bool:
+        return self._most > 0
+
+    @property
     def full(self) -> bool:
         return 0 < self._most <= max(self._requests, self._searches())
 

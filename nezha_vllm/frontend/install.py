@@ -97,8 +97,10 @@ def _wrappers() -> list[tuple[type, str, tuple[str, ...], Callable[[Callable[...
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
+    from nezha_vllm.frontend.accepting import accept_more, balanced_server
     from nezha_vllm.frontend.guard import authentication_middleware, guard
 
+    server = balanced_server()
     build_response = ("final_res_batch", "request")
     stream = ("request", "engine_inputs", "result_generator")
     return [
@@ -115,6 +117,7 @@ def _wrappers() -> list[tuple[type, str, tuple[str, ...], Callable[[Callable[...
         (OpenAIServingChatBatch, "create_batch_chat_completion", ("request", "raw_request"), _refuse_chat),
         (OpenAIServingResponses, "create_responses", ("request", "raw_request"), _refuse_chat),
         (BeamSearchOfflineMixin, "beam_search", ("prompts", "params"), _beam_search_offline),
+        *([(server, "_accept", ("sock",), accept_more)] if server else []),
     ]
 
 
@@ -126,9 +129,13 @@ def _called() -> list[tuple[type, str, tuple[str, ...]]]:
     from vllm.v1.engine.core_client import AsyncMPClient
     from vllm.v1.engine.output_processor import OutputProcessor
 
+    from nezha_vllm.frontend.accepting import balanced_server
     from nezha_vllm.frontend.guard import authentication_middleware
 
+    server = balanced_server()
+    accepting = (("_publish_load", ()), ("_track", ("coro",)), ("_connect", ("loop", "conn")))
     return [
+        *([(server, *called) for called in accepting] if server else []),
         (authentication_middleware(), "verify_token", ("headers",)),
         (AsyncMPClient, "_call_utility_async", ("method",)),
         (AsyncLLM, "generate", ("prompt", "sampling_params", "request_id")),

@@ -30,6 +30,7 @@ from nezha_vllm.frontend.admission import Admission
 from nezha_vllm.frontend.body_limit import BodiesFull
 from nezha_vllm.frontend.checked_route import CheckedRoute, Handler, use
 from nezha_vllm.frontend.disconnect import unless_disconnected
+from nezha_vllm.frontend.gate import put_in_front
 from nezha_vllm.frontend.options import Plan, check_search, engine_params
 from nezha_vllm.frontend.outcome import Outcome
 from nezha_vllm.frontend.renderer import NezhaRenderer
@@ -208,7 +209,9 @@ def _way(request: Request) -> ShortWay | None:
         if handler is None or not isinstance(handler.engine_client.renderer, NezhaRenderer):
             return None
         way = state.nezha_short_way = ShortWay(handler, state)
-        _to_the_front(request.app.router.routes)
+        routes = request.app.router.routes
+        _to_the_front(routes)
+        put_in_front(request.app, way.admission, {route.path for route in routes if isinstance(route, CountedRoute)})
     return way
 
 
