@@ -126,10 +126,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     tokens = model.config.num_item_tokens or options.item_tokens
     options = replace(options, softmax=model.config.softmax, item_tokens=tokens)  # as results note them
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
-        f"{dataset.name}: {dataset.counts}; {parameters:,} parameters in {model.config.num_hidden_layers} layers of "
-        f"{model.config.hidden_size}"
+        f"{dataset.name}: {dataset.counts}; {model.config.num_hidden_layers} layers of {model.config.hidden_size}"
     )
     started = time.perf_counter()
     run_folder = out.parent / f".{out.name}-training"
