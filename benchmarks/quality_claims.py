@@ -7,13 +7,13 @@ from statistics import fmean
 
 from benchmarks.markdown import table
 from benchmarks.quality_gaps import METRICS, Gap
-from benchmarks.quality_rows import OURS, PLAIN, UNVERIFIED, Result, mean
+from benchmarks.quality_rows import NO_TOKENS, OURS, UNVERIFIED, Result, mean
 from nezha_vllm.ablations import FREE_LABEL, LABELS
 from nezha_vllm.training.significance import Difference
 
 BEAM_SEARCHES = {FREE_LABEL: "beam search", LABELS["ar"]: "constrained beam search"}
-BEAM_SEARCHES |= {f"{label}{PLAIN}": f"{name}{PLAIN}" for label, name in BEAM_SEARCHES.items()}
-RIVALS = BEAM_SEARCHES | {f"{OURS}{PLAIN}": f"{OURS}{PLAIN}", LABELS["mtp"]: "MTP"}
+BEAM_SEARCHES |= {f"{label}{NO_TOKENS}": f"{name}{NO_TOKENS}" for label, name in BEAM_SEARCHES.items()}
+RIVALS = BEAM_SEARCHES | {f"{OURS}{NO_TOKENS}": f"{OURS}{NO_TOKENS}", LABELS["mtp"]: "MTP"}
 RIVALS |= {LABELS[f"nezha-{n}"]: f"NEZHA-{n}" for n in (1, 2, 3)} | {UNVERIFIED: "NEZHA-4"}
 # Hit@10 and NDCG@10 on the 5-core of 22,363 users, leave-one-out, full ranking
 PUBLISHED = {

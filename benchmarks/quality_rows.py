@@ -11,13 +11,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.quality_plan import ALONE, CURVE, PARTS_OF_A_RUN, Places, Plan, runs
-from benchmarks.quality_plan import PLAIN as PLAIN_RUN
+from benchmarks.quality_plan import ALONE, CURVE, PARTS_OF_A_RUN, PLAIN, Places, Plan, runs
 from nezha_vllm.ablations import LABELS
 
 UNVERIFIED = "NEZHA-4, no verification"
 OURS = LABELS["nezha"]
-PLAIN = ", no item tokens"  # as in the paper
+NO_TOKENS = ", no item tokens"  # as in the paper
 OVER_CATALOGUE = ", softmax over the catalogue"
 
 
@@ -60,8 +59,8 @@ class Result:
     @property
     def planned_method(self) -> str:
         """The method without what options of the plan made of it."""
-        method = self.method.removesuffix(OVER_CATALOGUE).removesuffix(PLAIN)
-        return method + (PLAIN if self.run.split("/")[2].endswith(PLAIN_RUN) else "")
+        method = self.method.removesuffix(OVER_CATALOGUE).removesuffix(NO_TOKENS)
+        return method + (NO_TOKENS if self.run.split("/")[2].endswith(PLAIN) else "")
 
     @property
     def measures_beside(self) -> bool:
@@ -77,7 +76,7 @@ def _method(row: Mapping[str, str], config: Mapping[str, Any]) -> str:
     name = UNVERIFIED if row["method"] == OURS and row["validity"] == "final" else row["method"]
     if "family" not in config:
         return name
-    name += "" if config.get("item_tokens") else PLAIN
+    name += "" if config.get("item_tokens") else NO_TOKENS
     return name + (OVER_CATALOGUE if config.get("softmax") == "catalogue" else "")
 
 

@@ -19,7 +19,7 @@ from strategies import key_sets, small_codebooks
 from torch import Tensor
 
 from nezha_vllm import beam
-from nezha_vllm.draft_head import Beams, DraftHead, reference_beam_search
+from nezha_vllm.draft_head import Beams, DraftHead, Eligible, reference_beam_search
 from nezha_vllm.semantic_id import SemanticIdCodec
 
 
@@ -31,7 +31,7 @@ class Case:
     widths: list[int]
     stepwise: list[bool]
 
-    def search(self, **changes) -> Beams:
+    def search(self, eligible: list[Eligible | None] | None = None, **changes) -> Beams:
         case = Case(**(vars(self) | changes))
         return reference_beam_search(
             case.head,
@@ -39,6 +39,7 @@ class Case:
             torch.from_numpy(case.keys),
             torch.tensor(case.widths),
             torch.tensor(case.stepwise),
+            eligible=eligible,
         )
 
 

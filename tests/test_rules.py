@@ -13,7 +13,7 @@ from plain_search import Answer, plain_search
 from test_beam_search import Case, answer, cases
 
 from nezha_vllm.catalogue import Catalogue
-from nezha_vllm.draft_head import Beams, Eligible, reference_beam_search
+from nezha_vllm.draft_head import Beams, Eligible
 from nezha_vllm.eligibility import eligibility
 from nezha_vllm.segment_ranks import SegmentRanks
 
@@ -30,14 +30,7 @@ def catalogue() -> Catalogue:
 
 def ruled_search(case: Case, rule: Eligible) -> Beams:
     """Every second request under the rule."""
-    return reference_beam_search(
-        case.head,
-        case.hidden_NSH,
-        torch.from_numpy(case.keys),
-        torch.tensor(case.widths),
-        torch.tensor(case.stepwise),
-        eligible=[rule if request % 2 == 0 else None for request in range(len(case.widths))],
-    )
+    return case.search([rule if request % 2 == 0 else None for request in range(len(case.widths))])
 
 
 @given(cases(max_keys=300), st.data())

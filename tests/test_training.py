@@ -257,7 +257,7 @@ def test_a_checkpoint_keeps_its_softmax(catalogue, rings, tmp_path):
     saved = tmp_path / "model"
     for softmax in SOFTMAX_OVER:
         model, tokenizer, dtype = starting_model("scratch", catalogue, SHAPE, 0, softmax=softmax)
-        save_trained(saved, model, tokenizer, catalogue, dtype, TrainingOptions(softmax=softmax))
+        save_trained(saved, model, tokenizer, catalogue, dtype, TrainingOptions())
         again, _, _ = starting_model(str(saved), catalogue, SHAPE, 0)
         assert again.config.softmax == softmax
         other = next(name for name in SOFTMAX_OVER if name != softmax)
@@ -267,7 +267,7 @@ def test_a_checkpoint_keeps_its_softmax(catalogue, rings, tmp_path):
         assert target_loss(again, catalogue, rings.sequences, [ITEMS[0]] * len(rings.sequences), max_history=4) > 0
     assert start(catalogue)[0].config.softmax == "codes"
     with pytest.raises(ValueError, match="softmax is 'items', must be one of"):
-        TrainingOptions(softmax="items")
+        start(catalogue, softmax="items")
 
 
 def test_train_notes_softmax_and_item_tokens_also_those_it_went_on_from(catalogue, rings, tmp_path, capsys):

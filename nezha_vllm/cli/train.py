@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--softmax",
         choices=SOFTMAX_OVER,
         help="over what a level's probabilities sum to one: all of its codes (codes, the default) or those that lead "
-        "to an item (catalogue), which learns in half the epochs; a checkpoint that is trained on keeps its own",
+        "to an item (catalogue), which learns faster at first; a checkpoint that is trained on keeps its own",
     )
     option("--patience", int, "patience", "stop after so many validations without a better one; 0: never")
     option(
@@ -93,7 +93,7 @@ def _weights(text: str) -> tuple[float, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from dataclasses import fields, replace
+    from dataclasses import fields
     from pathlib import Path
 
     from nezha_vllm.data.dataset import Dataset
@@ -124,8 +124,6 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer, dtype = starting_model(
         arguments.backbone, catalogue, arguments, options.seed, arguments.method, arguments.softmax
     )
-    tokens = model.config.num_item_tokens or options.item_tokens
-    options = replace(options, softmax=model.config.softmax, item_tokens=tokens)  # as results note them
     console.print(
         f"{dataset.name}: {dataset.counts}; {model.config.num_hidden_layers} layers of {model.config.hidden_size}"
     )

@@ -61,8 +61,7 @@ def fit(
         raise ValueError(
             f"{len(options.level_weights)} level weights, the catalogue has {model.config.num_levels} levels"
         )
-    sequences = codes_of(split.train, catalogue)
-    segments = Segments(sequences, options.max_history)
+    segments = Segments(codes_of(split.train, catalogue), options.max_history)
     if options.item_tokens and not model.config.num_item_tokens:
         keys = frequent_keys(segments.sequences, model.config.codec, options.item_tokens)
         model.item_embeddings = ItemEmbeddings(model.config, keys, model.model.embed_tokens)

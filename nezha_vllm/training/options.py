@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nezha_vllm.semantic_id import SOFTMAX_OVER
-
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -15,7 +13,6 @@ class TrainingOptions:
     that is trained on keeps its own. ``item_token_dropout``: see ``packing``.
     ``level_weights``: of the levels' losses, empty for equal ones. ``tie_codes``: see ``regularise.tie_codes``;
     ``item_loss``: weight of the loss in ``item_loss``; ``average``: decay a step of averaged weights, 0 for none.
-    ``softmax``: the model's, see ``config.NezhaFields``; a note, `fit` takes what the model has.
     """
 
     epochs: int = 14
@@ -38,7 +35,6 @@ class TrainingOptions:
     patience: int = 0
     validate_every: int = 1
     select: str = "loss"
-    softmax: str = "codes"
     item_tokens: int = 100_000
     item_token_dropout: float = 0.3
     seed: int = 0
@@ -68,8 +64,6 @@ class TrainingOptions:
             raise ValueError(f"dropout by {self.dropout_by!r}, must be row or token")
         if self.tie_codes not in ("", "in", "out", "both"):
             raise ValueError(f"tie codes is {self.tie_codes!r}, must be in, out or both")
-        if self.softmax not in SOFTMAX_OVER:
-            raise ValueError(f"softmax is {self.softmax!r}, must be one of {SOFTMAX_OVER}")
         if self.select not in ("loss", "ndcg@10"):
             raise ValueError(f"select is {self.select!r}, must be loss or ndcg@10")
 

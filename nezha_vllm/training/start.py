@@ -58,7 +58,7 @@ def starting_model(
             ),
             sizes,
         )
-        config.method, config.softmax = method or "nezha", softmax or TrainingOptions.softmax
+        config.method, config.softmax = method or "nezha", softmax or config.softmax
         return MODEL_CLASSES[shape.family](config), tokenizer, torch.float32
     if not (Path(backbone) / "config.json").is_file():
         raise ValueError(f"--backbone {backbone}: neither `scratch` nor a folder with a config.json")
@@ -80,7 +80,7 @@ def starting_model(
             "model's output layer is another; use a backbone with tied embeddings, such as Llama 3.2 1B or Qwen3 0.6B"
         )
     config, tokenizer, first_new_token = grown_config(backbone, sizes)
-    config.dtype, config.method, config.softmax = torch.float32, method or "nezha", softmax or TrainingOptions.softmax
+    config.dtype, config.method, config.softmax = torch.float32, method or "nezha", softmax or config.softmax
     model = MODEL_CLASSES[stored.model_type](config)
     missing, unexpected = model.load_state_dict(grown_weights(backbone, config, first_new_token), strict=False)
     strange = [*unexpected, *(name for name in missing if not name.startswith("draft_head."))]
@@ -101,11 +101,13 @@ def save_trained(
 ) -> None:
     """Write the checkpoint folder; it appears complete or not at all.
 
-    ``training.json`` keeps the options, the model's method and shape, the ``seconds`` that training took, and the
-    ``validations``: epoch, loss and NDCG@10 of each.
+    ``training.json`` keeps the options, the model's method, softmax, number of item tokens and shape, the ``seconds``
+    that training took, and the ``validations``: epoch, loss and NDCG@10 of each.
     """
     note = asdict(options) | {
         "method": model.config.method,
+        "softmax": model.config.softmax,
+        "item_tokens": model.config.num_item_tokens,
         "family": next(name for name, kind in CONFIG_CLASSES.items() if isinstance(model.config, kind)),
         "hidden": model.config.hidden_size,
         "layers": model.config.num_hidden_layers,
