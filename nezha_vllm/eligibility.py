@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nezha_vllm.catalogue import Catalogue
-from nezha_vllm.runs import distinct
+from nezha_vllm.runs import distinct, starts
 from nezha_vllm.segments import Combination
 
 
@@ -52,13 +52,16 @@ def eligibility(
             rows = np.setdiff1d(rows, distinct(excluded), assume_unique=True)
         if combination is not None:
             rows = rows[combination.holds(rows)]
-        return Eligibility(True, rows, distinct(positions_of(catalogue, rows)).astype(np.int32))
+        positions = positions_of(catalogue, rows)
+        return Eligibility(True, rows, positions[starts(positions)].astype(np.int32))
     if combination is None and len(excluded) == 0:
         return None
     rows = distinct(excluded)
     if combination is not None:
         rows = rows[combination.holds(rows)]
-    positions, counts = np.unique(positions_of(catalogue, rows), return_counts=True)
+    positions = positions_of(catalogue, rows)  # ascending, like the rows
+    first = starts(positions)
+    positions, counts = positions[first], np.diff(np.append(first, len(rows)))
     sizes = catalogue.first_row[positions + 1] - catalogue.first_row[positions]
     if combination is not None and len(positions):
         held = combination.holds(rows_of_positions(catalogue, positions))

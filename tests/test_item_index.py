@@ -21,14 +21,19 @@ def index_of(ids: list[str]) -> ItemIndex:
     return ItemIndex(column, np.array(order, np.int64))
 
 
+@pytest.mark.parametrize("tags", [True, False], ids=["tags", "equal tags"])
 @pytest.mark.parametrize("few", [0, 100], ids=["by Arrow", "by Python"])
 @pytest.mark.parametrize("max_heads", [1, 2, 5, 1 << 23])
 @given(st.lists(letters, min_size=1, max_size=40, unique=True), st.lists(letters, max_size=10), beginnings)
-def test_items_are_found_and_others_are_not(max_heads, few, endings, others, beginning):
+def test_items_are_found_and_others_are_not(max_heads, few, tags, endings, others, beginning):
     ids = [beginning + ending for ending in endings]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(item_index, "MAX_HEADS", max_heads)
         patch.setattr(item_index, "FEW", few)
+        patch.setattr(item_index, "AT_ONCE", 3)
+        patch.setattr(item_index, "MAX_SPACED_BITS", 2 if tags else 16)
+        if not tags:
+            patch.setattr(item_index, "_tags", lambda heads: np.zeros(len(heads), np.uint8))
         index = index_of(ids)
         assert index.rows(ids) == list(range(len(ids)))
         assert index.ids(range(len(ids))) == ids

@@ -24,7 +24,7 @@ from nezha_vllm.engine.versions import BUSY, HELD, LOADING, REFUSED
 from nezha_vllm.frontend import metrics
 from nezha_vllm.frontend.service import Service, replace_service
 from nezha_vllm.generation import Generation
-from nezha_vllm.item_index import MAX_HEADS
+from nezha_vllm.item_index import index_bytes
 from nezha_vllm.manifest import read_manifest
 from nezha_vllm.memory import check_fits, give_back
 from nezha_vllm.pointer import read_pointer
@@ -269,7 +269,7 @@ def api_bytes(manifest: dict[str, Any]) -> int:
     Measured at 3 levels: 98 bytes an item and the index.
     """
     levels, items = len(manifest["codebook_sizes"]), manifest["num_items"]
-    return (56 + 16 * levels) * items + 8 * min(items, MAX_HEADS)
+    return (56 + 16 * levels) * items + index_bytes(items)
 
 
 def tell(swap: Swap, service: Service, first: bool) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.engine.settings import ServerSettings, checkpoint_folder
+from nezha_vllm.frontend.seen_rules import SeenRules
 from nezha_vllm.generation import FIRST, check_levels
 from nezha_vllm.item_tokens import ItemTokens, load_item_tokens
 
@@ -27,6 +28,7 @@ class Service:
     max_model_len: int
     item_tokens: ItemTokens | None = None
     generation: str = FIRST  # by which the engines know the catalogue
+    seen: SeenRules = field(default_factory=SeenRules, compare=False, repr=False)
 
     @classmethod
     def load(cls, vllm_config: VllmConfig) -> Service:
@@ -57,7 +59,7 @@ class Service:
         return service
 
     def with_catalogue(self, catalogue: Catalogue, generation: str) -> Service:
-        return replace(self, catalogue=catalogue, generation=generation)
+        return replace(self, catalogue=catalogue, generation=generation, seen=SeenRules())
 
     @property
     def num_levels(self) -> int:

@@ -36,6 +36,7 @@ from nezha_vllm.frontend.outcome import Outcome
 from nezha_vllm.frontend.renderer import NezhaRenderer
 from nezha_vllm.frontend.response_body import ResponseBody
 from nezha_vllm.frontend.rules import read_rules
+from nezha_vllm.frontend.seen_rules import LONG
 from nezha_vllm.frontend.service import end_request, one_request
 from nezha_vllm.frontend.tracing import traces
 
@@ -44,6 +45,7 @@ LONG_WAY_HEADERS = {
     b"endpoint-load-metrics-format", b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority",
 }  # fmt: skip
 LONG_WAY_SETTINGS = ("request_logger", "enable_prompt_tokens_details", "enable_per_request_metrics")
+Options = dict[str, bool | int | float | str | list[str | int]]
 
 
 class CommonRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -56,7 +58,7 @@ class CommonRequest(msgspec.Struct, forbid_unknown_fields=True):
     model: str | None = None
     n: int = 1
     use_beam_search: bool = False
-    vllm_xargs: dict[str, bool | int | float | str | list[str | int]] | None = None
+    vllm_xargs: Options | None = None
     temperature: float | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     max_tokens: int | None = 16
@@ -64,6 +66,12 @@ class CommonRequest(msgspec.Struct, forbid_unknown_fields=True):
     user: str | None = None
     stream: bool | None = False
     logprobs: None = None
+
+
+class LongRequest(CommonRequest, forbid_unknown_fields=True):
+    """The same, whose options may have come before: they are not read yet."""
+
+    vllm_xargs: msgspec.Raw = msgspec.Raw(b"null")  # type: ignore[assignment]
 
 
 class ShortWay:
@@ -80,28 +88,43 @@ class ShortWay:
         # every request that comes through a service mesh has the headers, whether or not this server traces
         self.traces = traces(handler.engine_client.vllm_config)
         self.decoder = msgspec.json.Decoder(CommonRequest)
+        self.long_decoder = msgspec.json.Decoder(LongRequest)
+        self.options_decoder = msgspec.json.Decoder(Options | None)
         if self.open:
             self.body = ResponseBody(handler.models.model_name(), getattr(handler, "system_fingerprint", None))
 
     def read(self, body: bytes) -> tuple[Plan, list[int]] | None:
         """Plan and complete prompt; None for a request that goes to vLLM's handler."""
         try:
-            request = self.decoder.decode(body)
+            service = self.renderer.service
+            request, asked = self._decode(body)
+            seen = service.seen.find(asked)
+            options = seen.options if seen else self._options(request, asked)
             if request.stream or (request.model and not self.handler.models.is_base_model(request.model)):
                 return None
-            options = request.vllm_xargs or {}
             if request.use_beam_search:
-                options.setdefault("beam_width", request.n)
-            service = self.renderer.service
+                options = {"beam_width": request.n, **options}
             beam_width, validity = check_search(service, request.n, options)
             token_ids = self.renderer.encode(request.prompt)
             if token_ids is None:
                 return None
-            rules = read_rules(service, options, token_ids)
+            rules = seen.rules if seen else read_rules(service, options, token_ids)
+            if not seen:
+                service.seen.keep(asked, options, rules)
         except (msgspec.DecodeError, UnicodeDecodeError, VLLMValidationError):
             return None
         plan = Plan(service, request.n, beam_width, validity, False, rules, as_choices=False)
         return plan, token_ids
+
+    def _decode(self, body: bytes) -> tuple[CommonRequest, bytes]:
+        """The request, and of a long one the bytes of its options, which are not read yet."""
+        if len(body) < LONG:
+            return self.decoder.decode(body), b""
+        request = self.long_decoder.decode(body)
+        return request, bytes(request.vllm_xargs)
+
+    def _options(self, request: CommonRequest, asked: bytes) -> Options:
+        return (self.options_decoder.decode(asked) if asked else request.vllm_xargs) or {}
 
     async def answer(self, request: Request, plan: Plan, token_ids: list[int]) -> Response:
         given = request.headers.get("x-request-id")
