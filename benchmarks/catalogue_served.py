@@ -18,7 +18,6 @@ import time
 from collections.abc import Sequence
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -56,13 +55,22 @@ def measure(arguments: argparse.Namespace, catalogue: Path, vllm_args: Sequence[
 
 
 def rule_costs(url: str, asked: Questions, catalogue: Catalogue, times: int = 100) -> None:
-    """What one client waits for with a long list of items, which it sends each time."""
-    listed = catalogue.item_ids(range(0, catalogue.num_items, max(1, catalogue.num_items // LISTED)))[:LISTED]
-    rules: dict[str, dict[str, Any]] = {"no rule": {}}
-    rules |= {f"{len(listed):,} in {name}": {name: listed} for name in ("exclude_items", "allow_items")}
+    """What one client waits for with a long list of items: the same one each time, and another each time.
+
+    With one more, as long and of nothing but white space, it waits for what any body of that length costs.
+    """
+    rng, count = np.random.default_rng(0), min(LISTED, catalogue.num_items)
+    lists = [catalogue.item_ids(rng.choice(catalogue.num_items, count, replace=False).tolist()) for _ in range(times)]
+    plain = [asked.body(which) for which in range(len(asked.prompts))]
+    sent = {"no rule": plain}
+    for name in ("exclude_items", "allow_items"):
+        for kind, which in (("the same", lists[:1]), ("new", lists)):
+            options = [{name: which[number % len(which)]} for number in range(times)]
+            bodies = [asked.body(number % len(plain), vllm_xargs=rules) for number, rules in enumerate(options)]
+            sent[f"{count:,} in {name}, {kind} each time"] = bodies
+    sent[f"no rule, {len(bodies[0]) >> 10} KiB of white space"] = [one.ljust(len(bodies[0])) for one in plain]
     connection = HTTPConnection(urlsplit(url).netloc, timeout=60)
-    for name, options in rules.items():
-        bodies = [asked.body(which, vllm_xargs=options) for which in range(len(asked.prompts))]
+    for name, bodies in sent.items():
         took = []
         for number in range(times):
             begun = time.perf_counter()

@@ -91,17 +91,17 @@ class ItemIndex:
             return rows
         heads = _heads(wanted, self._shared)
         sort = np.argsort(heads)  # neighbours lie in the same pages
-        back = np.empty_like(sort)
-        back[sort] = np.arange(len(sort))
-        at, end = self._ranges(heads[sort])
-        places, some = self._candidates(heads[sort], at, np.minimum(end, len(self._order)))
-        at, end, places, some = at[back], end[back], places[back], some[back]
+        heads, wanted = heads[sort], wanted.take(pa.array(sort))
+        at, end = self._ranges(heads)
+        places, some = self._candidates(heads, at, np.minimum(end, len(self._order)))
         same = self._equal(places, wanted)
         if len(others := np.flatnonzero(some & ~same)):  # some share their 8 bytes, or their tag, with another ID
             wanted = wanted.take(pa.array(others))
             places[others] = self._bisected(wanted, at[others], end[others])
             same[others] = self._equal(places[others], wanted)
-        return np.where(same, np.asarray(self._order)[places], -1)
+        rows = np.empty(len(sort), np.int64)
+        rows[sort] = np.where(same, np.asarray(self._order)[places], -1)
+        return rows
 
     def _ranges(self, heads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of places in order of the IDs where those with these heads may be, first and last but one."""
@@ -126,9 +126,9 @@ class ItemIndex:
             return np.minimum(at, len(self._order) - 1), at < end
         windows = np.lib.stride_tricks.sliding_window_view(self._tags, 2 * self._stride)
         equal = windows[at] == _tags(heads)[:, None]
-        places = at + equal.argmax(1)
-        some = equal.any(1) & (places < end)
-        return np.minimum(places, len(self._order) - 1), some | (end - at > 2 * self._stride)
+        first = equal.argmax(1)
+        some = equal[np.arange(len(at)), first] & (at + first < end)
+        return np.minimum(at + first, len(self._order) - 1), some | (end - at > 2 * self._stride)
 
     def _tags_by_id(self) -> np.ndarray:
         """The tag of each place, and zeros behind. In the order of the rows first: their IDs lie side by side."""

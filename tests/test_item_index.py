@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nezha_vllm import item_index
-from nezha_vllm.item_index import ItemIndex, UnknownItemError
+from nezha_vllm.item_index import ItemIndex, UnknownItemError, _tags
 
 letters = st.text(st.sampled_from("ab\0\x7f\x80é€𝄞"), min_size=1, max_size=12)  # 1 to 4 bytes a character
 beginnings = st.sampled_from(["", "item-", "https://example.org/films/"])
@@ -21,19 +21,21 @@ def index_of(ids: list[str]) -> ItemIndex:
     return ItemIndex(column, np.array(order, np.int64))
 
 
-@pytest.mark.parametrize("tags", [True, False], ids=["tags", "equal tags"])
-@pytest.mark.parametrize("few", [0, 100], ids=["by Arrow", "by Python"])
+@pytest.mark.parametrize(
+    ("few", "bits", "tags"),
+    [(0, 2, _tags), (0, 16, lambda heads: np.zeros(len(heads), np.uint8)), (100, 16, _tags)],
+    ids=["by Arrow", "by Arrow, equal tags", "by Python"],
+)
 @pytest.mark.parametrize("max_heads", [1, 2, 5, 1 << 23])
 @given(st.lists(letters, min_size=1, max_size=40, unique=True), st.lists(letters, max_size=10), beginnings)
-def test_items_are_found_and_others_are_not(max_heads, few, tags, endings, others, beginning):
+def test_items_are_found_and_others_are_not(max_heads, few, bits, tags, endings, others, beginning):
     ids = [beginning + ending for ending in endings]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(item_index, "MAX_HEADS", max_heads)
         patch.setattr(item_index, "FEW", few)
         patch.setattr(item_index, "AT_ONCE", 3)
-        patch.setattr(item_index, "MAX_SPACED_BITS", 2 if tags else 16)
-        if not tags:
-            patch.setattr(item_index, "_tags", lambda heads: np.zeros(len(heads), np.uint8))
+        patch.setattr(item_index, "MAX_SPACED_BITS", bits)
+        patch.setattr(item_index, "_tags", tags)
         index = index_of(ids)
         assert index.rows(ids) == list(range(len(ids)))
         assert index.ids(range(len(ids))) == ids

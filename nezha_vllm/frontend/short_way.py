@@ -102,16 +102,15 @@ class ShortWay:
             options = seen.options if seen else self._options(request, asked)
             if request.stream or (request.model and not self.handler.models.is_base_model(request.model)):
                 return None
-            if request.use_beam_search:
-                options = {"beam_width": request.n, **options}
-            beam_width, validity = check_search(service, request.n, options)
+            default = {"beam_width": request.n} if request.use_beam_search else {}
+            beam_width, validity = check_search(service, request.n, {**default, **options})
             token_ids = self.renderer.encode(request.prompt)
             if token_ids is None:
                 return None
             rules = seen.rules if seen else read_rules(service, options, token_ids)
             if not seen:
                 service.seen.keep(asked, options, rules)
-        except (msgspec.DecodeError, UnicodeDecodeError, VLLMValidationError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, VLLMValidationError):
             return None
         plan = Plan(service, request.n, beam_width, validity, False, rules, as_choices=False)
         return plan, token_ids
