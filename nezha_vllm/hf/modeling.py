@@ -267,6 +267,10 @@ class _NezhaMixin(PreTrainedModel):
         """
         return self(input_ids, attention_mask).hidden_states[:, 0]
 
+    def first_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """h_0 [N, H] of prompts as they are served, [N, Q]."""
+        return self.hidden_states_for(input_ids, attention_mask)[:, -1 if self.config.method == AUTOREGRESSIVE else 0]
+
     def recommend(
         self,
         histories: Sequence[Sequence[str]],
