@@ -56,6 +56,7 @@ def fit(
     """Train ``model`` in place on ``split.train``; it ends with the weights that validated best.
 
     Args:
+        split: its validation items also choose what item scores count beside codes, ``config.item_score_weight``.
         run_folder: where the Trainer keeps its checkpoints. If one of the same run is there, training goes on from it;
             one of another run is removed. The caller removes the folder when the result is safe.
     """
@@ -134,9 +135,7 @@ def fit(
     model.copy_tied_codes()
     if model.item_loss is not None:
         found = valid.ndcg_by_weight(model, ITEM_SCORE_BEAMS, (0.0, *WEIGHTS))
-        weight = max(found, key=lambda weight: found[weight])
-        write(f"item scores count {weight:g} times: ndcg@10 {found[weight]:.4f}, without them {found[0.0]:.4f}")
-        model.config.item_score_weight, model.item_loss = weight, None
+        model.config.item_score_weight, model.item_loss = max(found, key=lambda weight: found[weight]), None
     model.settle_item_tokens()
     return trainer
 
