@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 from benchmarks import floors, wrk
 from benchmarks.agreement import said
-from benchmarks.choose import newest, one_machine
+from benchmarks.choose import newest, one_machine, together
 from benchmarks.gpu_parts import backbone_work, sort_kernels
 from benchmarks.host_steps import HostSteps
 from benchmarks.machine import ROOT
@@ -223,6 +223,24 @@ def test_the_readme_has_the_default_server_beside_stock_vllm(tmp_path):
         found = row(beam_width=width, concurrency=clients, requests_per_s=speed, p99_ms=p99, **loop)
         append("throughput", found, tmp_path)
     assert make_tables(tmp_path)["summary"] == SUMMARY
+
+
+def test_one_run_has_nezha_and_stock_vllm_under_one_name(tmp_path):
+    ours = {"system": "nezha", "beam_width": 10, "n": 10, "p50_ms": 2.0, "prompt_tokens": 128, "date": "2026-01-03"}
+    stock = ours | {"system": "vllm-beam", "p50_ms": 20.0}
+    for gpu, commit, more, p50 in [("GPU A", "old", "", 1.0), ("GPU B", "new", ", B, async scheduling", 2.0)]:
+        where = {"gpu": gpu, "commit": commit, "date": f"2026-01-0{p50:.0f}"}
+        append("latency", row(**ours | where | {"model": f"m{more}", "p50_ms": p50}), tmp_path)
+        append("latency", row(**stock | where | {"model": "m, B" if more else "m"}), tmp_path)
+    append("latency", row(**ours | {"gpu": "GPU B", "commit": "new", "model": "m, B, tensor parallel 2"}), tmp_path)
+    append("latency", row(**ours | {"gpu": "GPU C", "commit": "alone", "model": "m"}), tmp_path)
+    found = together(tmp_path, "latency")
+    assert [(one.commit, one.model, one.system, one.p50_ms) for one in found] == [
+        ("new", "m", "nezha", 2.0),
+        ("new", "m", "vllm-beam", 20.0),
+    ]
+    assert "| 10.0 × |" in make_tables(tmp_path)["latency-together"]
+    assert not together(tmp_path, "throughput")
 
 
 def test_every_plot_can_be_drawn(tmp_path):
