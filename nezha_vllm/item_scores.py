@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nezha_vllm.item_tokens import ItemTokens
 
-WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # training takes the best of them
+WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # training takes the best of them
 MAX_ELEMENTS = 1 << 24  # of embeddings gathered in one go
 
 
