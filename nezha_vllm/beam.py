@@ -56,10 +56,10 @@ class BeamSearch:
     def __init__(self, head: DraftHead, keys_M: Tensor, item_scores: ItemScores | None = None) -> None:
         self.head, self.keys_M, self.item_scores = head, keys_M, item_scores
         self.plan: Plan | None = None
-        if kernels_run(head) and item_scores is None:
+        if kernels_run(head):
             from nezha_vllm.triton_search import Plan
 
-            self.plan = Plan(head, keys_M)
+            self.plan = Plan(head, keys_M, item_scores)
         else:
             self.code_drives = head.code_drives()
 
