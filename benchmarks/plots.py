@@ -134,7 +134,7 @@ def draw_throughput(rows: Sequence[Row]) -> Any:
 
 def draw_stage(rows: Sequence[Row]) -> Any:
     """µs of the draft stage over beam width, one request at a time, and over requests at the width of most rows."""
-    rows = [row for row in rows if row.part == "draft stage" and row.us is not None]
+    rows = [row for row in rows if row.part == "draft stage" and row.us is not None and not row.settings]
     shapes = by(rows, "levels", "codes", "hidden", "dtype", "items")
     if not shapes:
         return None

@@ -45,7 +45,12 @@ def random_keys(count: int, capacity: int, device: str = "cuda") -> Tensor:
     keys = torch.randint(capacity, (drawn,), device=device).unique()
     while len(keys) < count:
         keys = torch.cat([keys, torch.randint(capacity, (count,), device=device)]).unique()
-    return keys[torch.arange(count, device=device) * len(keys) // count]  # what is too many is left out evenly
+    return every(keys, count)  # what is too many is left out evenly
+
+
+def every(keys_M: Tensor, count: int) -> Tensor:
+    """``count`` of the keys, evenly spread."""
+    return keys_M[torch.arange(count, device=keys_M.device) * len(keys_M) // count]
 
 
 def random_items(head: DraftHead, keys_I: Tensor, weight: float = 1.0, dtype: torch.dtype | None = None) -> ItemScores:
@@ -105,12 +110,10 @@ class SearchCase:
         return found.groups, found.fan
 
 
-def reference(
-    head: DraftHead, keys_M: Tensor, case: SearchCase, compiled: bool = False, items: ItemScores | None = None
-) -> Callable[[], Any]:
+def reference(head: DraftHead, keys_M: Tensor, case: SearchCase, compiled: bool = False) -> Callable[[], Any]:
     """The same requests through the PyTorch reference, in slices if they are many, as the CPU path does it."""
     search: Any = torch.compile(reference_beam_search) if compiled else reference_beam_search
-    drives = head.code_drives()
+    drives, items = head.code_drives(), None if case.plan.items is None else case.plan.items.scores
     step = max(1, MAX_SCORES // (case.width * max(head.codebook_sizes)))
     hidden = case.hidden_NSH
     widths_N = torch.full((case.requests,), case.width, device=hidden.device)

@@ -69,5 +69,5 @@ def rank_items(counts, lows, highs, history, out, out_stride, K: tl.constexpr, L
     for level in tl.static_range(L):
         total += tl.load(history + (first + beam) * L + level)
     # where embeddings are no numbers: behind all other items, but before what is none
-    total = tl.maximum(total, LOWEST)
+    total = tl.where(total > LOWEST, total, LOWEST)
     pack_answer(valid, total, kept, lows, history, request, out, out_stride, K, L)

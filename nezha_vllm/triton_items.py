@@ -23,25 +23,24 @@ class ItemKernels:
 
     def __init__(self, scores: ItemScores) -> None:
         assert scores.embeddings.is_contiguous(), "kernels count on rows of H numbers"
-        self.embeddings, self.keys = scores.embeddings, scores.keys
-        self.weight, self.first = scores.weight, scores.first
-        codec, device = scores.codec, self.keys.device
+        self.scores, codec, device = scores, scores.codec, scores.keys.device
         self.shift = max(0, (codec.capacity - 1).bit_length() - TABLE_BITS)
         lows = torch.arange(1 + (codec.capacity - 1 >> self.shift), device=device) << self.shift
-        bounds = torch.searchsorted(self.keys, lows, out_int32=True)
-        self.table = torch.cat([bounds, bounds.new_tensor([len(self.keys)])])
+        bounds = torch.searchsorted(scores.keys, lows, out_int32=True)
+        self.table = torch.cat([bounds, bounds.new_tensor([len(scores.keys)])])
         levels = zip(scores.offsets, codec.suffix_sizes, codec.codebook_sizes, strict=True)
         self.levels = torch.tensor([list(level) for level in levels], device=device)
 
     def __call__(self, hidden_NSH: Tensor, beams: BeamRows, out: Tensor, width: int) -> None:
         """Add the products to the beams' last log-probabilities and write the answer, see `pack_answer`."""
         num_requests, num_states, hidden_size = hidden_NSH.shape
-        assert self.embeddings.shape[1] == hidden_size, "items and histories are of one model"
+        scores = self.scores
+        assert scores.embeddings.shape[1] == hidden_size, "items and histories are of one model"
         block = min(2048, triton.next_power_of_2(hidden_size))
         item_products[(num_requests * width // BEAMS,)](
             hidden_NSH,
-            self.embeddings,
-            self.keys,
+            scores.embeddings,
+            scores.keys,
             self.table,
             self.levels,
             beams.counts,
@@ -49,8 +48,8 @@ class ItemKernels:
             beams.lows,
             beams.highs,
             beams.history,
-            self.weight,
-            self.first,
+            scores.weight,
+            scores.first,
             self.shift,
             K=width,
             L=num_states - 1,

@@ -429,10 +429,11 @@ def test_rules_of_each_request_hold_inside_the_beam(monkeypatch, tables, over_ca
     assert found.valid_N.tolist()[6:] == [10, 7, 10, 0]
 
 
-def test_the_measured_search_is_a_search():
+@pytest.mark.parametrize("known", [0, 40])
+def test_the_measured_search_is_a_search(known):
     head = search_case.random_head((16, 8), 64, torch.float32, DEVICE)
     keys = search_case.random_keys(100, 128, DEVICE)
-    plan = Plan(head, keys)
+    plan = Plan(head, keys, search_case.random_items(head, search_case.every(keys, known)) if known else None)
     assert search_case.prefixes(keys, plan) == (16, 100)
     measured = search_case.SearchCase(plan, 3, 10)
     measured()
