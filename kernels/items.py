@@ -48,12 +48,13 @@ def item_products(
             exists = column < H
             state = tl.load(states + column, mask=exists, other=0.0).to(tl.float32)
             vector = tl.load(vectors + column[None, :], mask=known[:, None] & exists[None, :], other=0.0).to(tl.float32)
+            products += tl.sum(vector * state[None, :], 1)
             for level in range(summands):
                 line = levels + level * 3
                 code = key // tl.load(line + 1) % tl.load(line + 2)
                 rows = embeddings + (tl.load(line) + code)[:, None] * H + column[None, :]
-                vector += tl.load(rows, mask=new[:, None] & exists[None, :], other=0.0).to(tl.float32)
-            products += tl.sum(vector * state[None, :], 1)
+                vector = tl.load(rows, mask=new[:, None] & exists[None, :], other=0.0).to(tl.float32)
+                products += tl.sum(vector * state[None, :], 1)
         tl.store(last, log_p + weight * products, mask=valid)
 
 

@@ -207,9 +207,10 @@ def test_item_tokens_are_found_whatever_the_table(monkeypatch, bits):
     assert torch.equal(found.scores_NK, expected.scores_NK)
 
 
-def test_items_of_equal_scores_come_in_order_of_semantic_id():
-    """The same vector for items with a token and, as a sum over codes, for those without."""
-    case = make((7, 13, 5), 120, [9, 40], [True, False], kind="flat", known=0.5)
+@pytest.mark.parametrize("known", [0, 1])
+def test_items_of_equal_scores_come_in_order_of_semantic_id(known):
+    """The same vector for all items, whether it is a token's or the sum of their codes'."""
+    case = make((7, 13, 5), 120, [9, 20], [True, False], kind="flat", known=known)
     assert case.items is not None
     vectors = case.items.embeddings
     vectors[7:25] = 0
@@ -222,7 +223,7 @@ def test_items_of_equal_scores_come_in_order_of_semantic_id():
 
 
 def test_an_item_whose_vector_is_no_number_lets_nothing_in_that_is_no_item():
-    case = make((7, 13, 5), 100, [40, 40], [False, True], known=1)
+    case = make((7, 13, 5), 200, [12, 16], [True, False], known=1)
     assert case.items is not None
     expected = case.search()
     spoilt = int(expected.index_NK[0, 0])
