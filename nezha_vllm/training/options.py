@@ -31,7 +31,7 @@ class TrainingOptions:
     label_smoothing: float = 0.0
     level_weights: tuple[float, ...] = ()
     tie_codes: str = ""
-    item_loss: float = 1.0
+    item_loss: float = 0.3
     average: float = 0.0
     patience: int = 0
     validate_every: int = 1
