@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.rows import Row, read
@@ -13,11 +14,34 @@ KEY = (
     *("beam_width", "n", "transport", "load", "concurrency", "request_rate", "prefix_caching"),
 )
 
+DEFAULT = "async scheduling"
+
 
 def results(folder: Path, name: str, gpu: str = "", vllm: str = "") -> list[Row]:
     """Rows of ``NAME.csv`` that may stand in one table; empty without such a file."""
     file = folder / f"{name}.csv"
     return newest(one_machine(read(file), gpu, vllm)) if file.is_file() else []
+
+
+def together(folder: Path, name: str, gpu: str = "", vllm: str = "") -> list[Row]:
+    """HTTP rows of ``NAME.csv`` of the last commit and GPU that both NEZHA and stock beam search were measured at.
+
+    Models have their bare names: a label may add the GPU and vLLM's default, async scheduling, and rows whose label
+    adds more are of something else.
+    """
+    file = folder / f"{name}.csv"
+    if not file.is_file():
+        return []
+    rows = [_bare(row) for row in read(file) if row.gpu.startswith(gpu) and row.vllm.startswith(vllm)]
+    rows = sorted((row for row in rows if row.transport == "http" and ", " not in row.model), key=lambda row: row.date)
+    places = [{(row.gpu, row.commit) for row in rows if row.system == system} for system in ("nezha", "vllm-beam")]
+    both = [row for row in rows if (row.gpu, row.commit) in places[0] & places[1]]
+    return newest(row for row in both if (row.gpu, row.commit) == (both[-1].gpu, both[-1].commit))
+
+
+def _bare(row: Row) -> Row:
+    model, *more = row.model.split(", ")
+    return replace(row, model=", ".join([model, *(text for text in more if text not in (*row.gpu.split(), DEFAULT))]))
 
 
 def one_machine(rows: Sequence[Row], gpu: str = "", vllm: str = "") -> list[Row]:

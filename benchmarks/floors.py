@@ -38,7 +38,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Search:
-    """N requests of K beams. ``prefixes`` are the catalogue's different prefixes after each level; () means all."""
+    """N requests of K beams. ``prefixes`` are the catalogue's different prefixes after each level; () means all.
+
+    ``with_token`` is the share of the items that have a token where there are item scores, None where there are none.
+    """
 
     requests: int
     width: int
@@ -46,6 +49,7 @@ class Search:
     hidden: int
     number_bytes: int = 2
     prefixes: tuple[int, ...] = ()
+    with_token: float | None = None
 
     def beams(self, level: int) -> int:
         """Beams of a request behind ``level`` levels, at most; one, the root, behind none."""
@@ -111,10 +115,31 @@ def context_states(search: Search, level: int) -> Work:
     return Work(children + parents + search.distinct(level + 1) * row)
 
 
+def vectors(search: Search) -> int:
+    """Bytes of the items' vectors as if no request shared an item with another; those of codes once."""
+    beams = search.requests * search.beams(len(search.sizes))
+    share = search.with_token or 0.0
+    codes = 0 if share == 1 else min(sum(search.sizes), math.ceil((1 - share) * beams) * len(search.sizes))
+    return (math.ceil(share * beams) + codes) * search.hidden * search.number_bytes
+
+
+def item_products(search: Search) -> Work:
+    """Vectors and h_0 once; of a beam its key, range of keys and log-probability, which is written, too."""
+    states = search.requests * search.hidden * search.number_bytes
+    return Work(vectors(search) + states + search.requests * search.beams(len(search.sizes)) * (16 + 2 * FLOAT))
+
+
+def rank_items(search: Search) -> Work:
+    """Ranges of keys and log-probabilities of all beams once, and the answer."""
+    beams, levels = search.beams(len(search.sizes)), len(search.sizes)
+    return Work(search.requests * FLOAT * (beams * (2 + levels) + 2 + beams * (1 + levels)))
+
+
 def stage(search: Search) -> Work:
     """The whole draft stage if nothing but weights, hidden states and answers ever went to memory.
 
-    All weights once, W_l and W_hh,l; the fewest rows of code drives; the operations of both kinds of products.
+    All weights once, W_l and W_hh,l; the fewest rows of code drives; the operations of both kinds of products. With
+    item scores their vectors, too.
     """
     row = search.hidden * search.number_bytes
     inner = range(search.last)
@@ -123,4 +148,5 @@ def stage(search: Search) -> Work:
     states = search.requests * (len(search.sizes) + 1) * row
     answers = search.requests * (2 + search.beams(len(search.sizes)) * (1 + len(search.sizes))) * 4
     flops = request_products(search).flops + sum(beam_products(search, 1 + level).flops for level in inner)
-    return Work(weights + drives + states + answers, flops)
+    items = 0 if search.with_token is None else vectors(search)
+    return Work(weights + drives + states + answers + items, flops)

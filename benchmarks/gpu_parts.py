@@ -13,6 +13,7 @@ LINEAR, ATTENTION, CACHE, NORMS = "linear layers", "attention", "cache write", "
 INPUTS, COPIES, GATHER, OTHER = "input kernel", "copies", "gather of states", "other"
 PARTS = (INPUTS, LINEAR, ATTENTION, CACHE, NORMS, GATHER, COPIES, OTHER)
 DRAFT = ("request_products", "score_children", "select_beams", "context_states", "beam_products")
+DRAFT += ("item_products", "rank_items")
 
 # first that fits; FlashAttention's kernels have "cutlass" in their names, too
 RULES: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -97,4 +98,7 @@ def draft_work(search: floors.Search, plan: Any, bucket: int) -> dict[str, Work]
             add("beam_products", floors.beam_products(search, level))
         if level < search.last:
             add("context_states", floors.context_states(search, level))
+    if search.with_token is not None:
+        add("item_products", floors.item_products(search))
+        add("rank_items", floors.rank_items(search))
     return found

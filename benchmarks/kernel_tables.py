@@ -14,7 +14,7 @@ STAGE = "draft stage"
 
 def stages(rows: Sequence[Row]) -> str:
     """The draft stage as a whole over beam width and requests at once."""
-    rows = [row for row in rows if row.part == STAGE and row.us is not None]
+    rows = [row for row in rows if row.part == STAGE and row.us is not None and not row.settings]
     return "\n\n".join(_stages_of(found) for _, found in by(rows, *SHAPE))
 
 
@@ -39,7 +39,8 @@ def _stages_of(rows: list[Row]) -> str:
 
 def parts(rows: Sequence[Row]) -> str:
     """Kernel by kernel, for each number of requests, at the widest beam up to 512 of the catalogue measured last."""
-    rows = [row for row in rows if row.part != STAGE and row.us is not None and (row.beam_width or 0) <= 512]
+    rows = [row for row in rows if row.part != STAGE and row.us is not None and not row.settings]
+    rows = [row for row in rows if (row.beam_width or 0) <= 512]
     texts = []
     for _, found in by(rows, *SHAPE):
         width = max(row.beam_width or 0 for row in found)

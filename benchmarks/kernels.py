@@ -3,6 +3,7 @@
 python -m benchmarks.kernels --widths 10 50 512 4096 --batches 1 16 64
 python -m benchmarks.kernels --items 10000 57288 1000000 100000000 --widths 512 --batches 1
 python -m benchmarks.kernels --widths 512 --batches 1 --references eager compiled --no-parts
+python -m benchmarks.kernels --widths 512 --batches 1 64 --item-tokens 57288
 python -m benchmarks.kernels --validity --items 57288 100000000
 
 The whole stage is the CUDA graph that serving replays, between two CUDA events; its kernels' own durations are the
@@ -38,6 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--widths", nargs="+", type=int, default=[10, 50, 512, 4096], metavar="K")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64], metavar="N", help="requests at once")
     parser.add_argument("--items", nargs="+", type=int, default=[57_288], metavar="M")
+    parser.add_argument(
+        "--item-tokens", type=int, default=0, metavar="I", help="with item scores of so many items; 0: without"
+    )
     parser.add_argument("--levels", type=int, default=3)
     parser.add_argument("--codes", type=int, default=512, help="of each level (default %(default)s)")
     parser.add_argument("--hidden", type=int, default=2048)
@@ -84,15 +88,19 @@ def measure_grid(recorder: Recorder) -> None:
 
 def plans(recorder: Recorder, head: Any, items: int) -> Iterator[tuple[dict[str, Any], Plan]]:
     """The plan of a catalogue of so many items, or a row that says why there is none."""
-    from benchmarks.search_case import random_keys
+    from benchmarks.search_case import every, random_items, random_keys
     from nezha_vllm.triton_search import Plan
 
     where: dict[str, Any] = {"items": items}
+    known = min(recorder.arguments.item_tokens, items)
+    if known:
+        where["settings"] = f"{known} item tokens"
     if recorder.late():
         recorder.add("triton", "draft stage", **where, note="skipped: the time is spent")
         return
     try:
-        plan = Plan(head, random_keys(items, math.prod(recorder.sizes)))
+        keys = random_keys(items, math.prod(recorder.sizes))
+        plan = Plan(head, keys, random_items(head, every(keys, known)) if known else None)
     except (torch.OutOfMemoryError, ValueError) as error:
         recorder.add("triton", "draft stage", **where, note=f"skipped: {str(error)[:120]}")
         return
@@ -138,8 +146,10 @@ def measure_cell(recorder: Recorder, head: Any, plan: Plan, cell: dict[str, Any]
 
 
 def search_shape(case: SearchCase, recorder: Recorder, known: tuple[int, ...]) -> floors.Search:
-    number_bytes = recorder.dtype.itemsize
-    return floors.Search(case.requests, case.width, recorder.sizes, recorder.arguments.hidden, number_bytes, known)
+    arguments, items = recorder.arguments, case.plan.items
+    share = None if items is None else len(items.scores.keys) / case.plan.num_keys
+    shape = case.requests, case.width, recorder.sizes, arguments.hidden, recorder.dtype.itemsize
+    return floors.Search(*shape, known, share)
 
 
 def measure_parts(recorder: Recorder, case: SearchCase, shape: floors.Search, cell: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
 
-from benchmarks.choose import results
+from benchmarks.choose import results, together
 from benchmarks.markdown import NAMES, by, systems_of
 from benchmarks.rows import Row
 from benchmarks.served_tables import BOUND_MS
@@ -47,7 +47,7 @@ STYLE: dict[Any, Any] = {
 
 
 def draw_all(folder: Path, images: Path, gpu: str = "", vllm: str = "") -> Iterator[Path]:
-    """Draw what there are rows for; yields the files."""
+    """Draw what there are rows for, of one run beside stock vLLM where there is one; yields the files."""
     from benchmarks.timeline import draw_timeline, timelines
 
     plots = [
@@ -57,7 +57,8 @@ def draw_all(folder: Path, images: Path, gpu: str = "", vllm: str = "") -> Itera
     ]
     with plt.rc_context(STYLE):
         for name, benchmark, draw in plots:
-            figure = draw(results(folder, benchmark, gpu, vllm))
+            one_run = [] if name == "draft-stage" else together(folder, benchmark, gpu, vllm)
+            figure = draw(one_run or results(folder, benchmark, gpu, vllm))
             if figure is not None:
                 yield save(figure, images / f"{name}.svg")
         for file in timelines(folder):
@@ -79,6 +80,7 @@ def draw_latency(rows: Sequence[Row]) -> Any:
     rows = most_measured([row for row in rows if row.transport == "http" and row.p50_ms is not None])
     rows = [row for row in rows if row.load != "batch"]
     prompts, watched = by(rows, "prompt_tokens"), any("watched" in row.model for row in rows)
+    prompts = [panel for panel in prompts if len({row.beam_width for row in panel[1]}) > 1] or prompts  # no lone points
     if not prompts:
         return None
     figure, axes = plt.subplots(1, len(prompts), figsize=(2.4 + 4.2 * len(prompts), 4.2), sharey=True, squeeze=False)
@@ -132,7 +134,7 @@ def draw_throughput(rows: Sequence[Row]) -> Any:
 
 def draw_stage(rows: Sequence[Row]) -> Any:
     """µs of the draft stage over beam width, one request at a time, and over requests at the width of most rows."""
-    rows = [row for row in rows if row.part == "draft stage" and row.us is not None]
+    rows = [row for row in rows if row.part == "draft stage" and row.us is not None and not row.settings]
     shapes = by(rows, "levels", "codes", "hidden", "dtype", "items")
     if not shapes:
         return None

@@ -19,8 +19,10 @@ from typing import Any
 PARTS_OF_A_RUN = 5  # data set, model, method, seed, hash
 CURVE = "-beam-"  # in the names of the runs that make a curve
 ALONE = "-alone"  # in the names of the runs that measure latency
-METHODS = ("nezha", "nezha-1", "nezha-2", "nezha-3", "nezha-4", "mtp", "ar", "nezha-plain", "ar-plain")
-PLAIN = "-plain"  # trained as in the paper: without item tokens
+PLAIN, CODES = "-plain", "-codes"  # as in the paper, without item tokens; with them, but by the codes alone
+VARIANTS = {PLAIN: ["--item-tokens", "0"], CODES: ["--item-loss", "0"]}
+METHODS = ("nezha", "nezha-1", "nezha-2", "nezha-3", "nezha-4", "mtp", "ar")
+METHODS += tuple(method + variant for method in ("nezha", "ar") for variant in VARIANTS)
 SUBSET = ("datasets", "models", "methods", "seeds")
 TABLES = {"datasets": ("prepare", "tokenize", "train"), "models": ("train",)}
 
@@ -172,7 +174,7 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
     last = baselines.name if beside else name  # one after another: without a checkpoint each would train
     alone = []
     if method == "nezha" and first and seed == plan.seeds[0] and plan.alone:
-        methods = [one for one in plan.methods if one not in ("nezha", "nezha-4") and not one.endswith(PLAIN)]
+        methods = [one for one in plan.methods if one not in ("nezha", "nezha-4") and not variant_of(one)]
         others = [_trained(plan, places, dataset, model, one, seed) for one in methods]
         against = ["--against", *(str(one[1]) for one in others)] if others else []
         ask = "--alone", str(plan.alone), "--baselines"
@@ -187,6 +189,11 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
     ]
 
 
+def variant_of(method: str) -> str:
+    """The ending of its name that says what it is trained without; empty for none."""
+    return next((variant for variant in VARIANTS if method.endswith(variant)), "")
+
+
 def _trained_as(method: str) -> str:
     return "nezha" if method == "nezha-4" else method
 
@@ -195,9 +202,9 @@ def _trained(plan: Plan, places: Places, dataset: str, model: str, method: str, 
     """Name of a training run, its checkpoint, and the step that makes it."""
     folder, catalogue = _dataset(plan, places, dataset)
     options = [*plan.train, *plan.models[model].get("train", []), *plan.datasets[dataset].get("train", [])]
-    plain = ["--item-tokens", "0"] if method.endswith(PLAIN) else []
     options += plan.by_method.get(method, [])
-    options += ["--method", method.removesuffix(PLAIN), *plain, "--seed", str(seed)]
+    variant = variant_of(method)
+    options += ["--method", method.removesuffix(variant), *VARIANTS.get(variant, []), "--seed", str(seed)]
     name = f"{dataset}/{model}/{method}/{seed}/{_digest([plan.datasets[dataset], options, plan.evaluate])}"
     checkpoint = places.work / "models" / name / "checkpoint"
     words = ["train", str(folder), str(catalogue), *options, "--out", str(checkpoint)]

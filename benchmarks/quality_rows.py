@@ -11,12 +11,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.quality_plan import ALONE, CURVE, PARTS_OF_A_RUN, PLAIN, Places, Plan, runs
+from benchmarks.quality_plan import ALONE, CODES, CURVE, PARTS_OF_A_RUN, PLAIN, Places, Plan, runs, variant_of
 from nezha_vllm.ablations import LABELS
 
 UNVERIFIED = "NEZHA-4, no verification"
 OURS = LABELS["nezha"]
 NO_TOKENS = ", no item tokens"  # as in the paper
+NO_SCORES = ", no item scores"  # of models with item tokens
 OVER_CATALOGUE = ", softmax over the catalogue"
 
 
@@ -59,8 +60,8 @@ class Result:
     @property
     def planned_method(self) -> str:
         """The method without what options of the plan made of it."""
-        method = self.method.removesuffix(OVER_CATALOGUE).removesuffix(NO_TOKENS)
-        return method + (NO_TOKENS if self.run.split("/")[2].endswith(PLAIN) else "")
+        method = self.method.removesuffix(OVER_CATALOGUE).removesuffix(NO_SCORES).removesuffix(NO_TOKENS)
+        return method + {PLAIN: NO_TOKENS, CODES: NO_SCORES}.get(variant_of(self.run.split("/")[2]), "")
 
     @property
     def measures_beside(self) -> bool:
@@ -76,7 +77,7 @@ def _method(row: Mapping[str, str], config: Mapping[str, Any]) -> str:
     name = UNVERIFIED if row["method"] == OURS and row["validity"] == "final" else row["method"]
     if "family" not in config:
         return name
-    name += "" if config.get("item_tokens") else NO_TOKENS
+    name += NO_TOKENS if not config.get("item_tokens") else "" if config.get("item_score_weight") else NO_SCORES
     return name + (OVER_CATALOGUE if config.get("softmax") == "catalogue" else "")
 
 

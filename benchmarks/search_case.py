@@ -6,16 +6,21 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks import floors
 from nezha_vllm.beam import MAX_SCORES
 from nezha_vllm.draft_head import DraftHead, reference_beam_search
+from nezha_vllm.item_scores import ItemScores
+from nezha_vllm.item_tokens import ItemTokens
 from nezha_vllm.search_memory import Workspace, width_bucket
+from nezha_vllm.semantic_id import SemanticIdCodec
 from nezha_vllm.triton_search import Plan
 
 OURS = ("few_request_products", "request_products", "score_children", "select_beams", "context_states", "beam_products")
+OF_ITEMS = ("item_products", "rank_items")  # behind the last selection
 
 
 def random_head(sizes: tuple[int, ...], hidden: int, dtype: torch.dtype, device: str = "cuda") -> DraftHead:
@@ -40,7 +45,24 @@ def random_keys(count: int, capacity: int, device: str = "cuda") -> Tensor:
     keys = torch.randint(capacity, (drawn,), device=device).unique()
     while len(keys) < count:
         keys = torch.cat([keys, torch.randint(capacity, (count,), device=device)]).unique()
-    return keys[torch.arange(count, device=device) * len(keys) // count]  # what is too many is left out evenly
+    return every(keys, count)  # what is too many is left out evenly
+
+
+def every(keys_M: Tensor, count: int) -> Tensor:
+    """``count`` of the keys, evenly spread."""
+    return keys_M[torch.arange(count, device=keys_M.device) * len(keys_M) // count]
+
+
+def random_items(head: DraftHead, keys_I: Tensor, weight: float = 1.0, dtype: torch.dtype | None = None) -> ItemScores:
+    """Item scores of a random model: tokens of all codes, and behind them those of the items with these keys."""
+    weights, codec = head.logit_heads[0].weight, SemanticIdCodec(head.codebook_sizes)
+    codes = sum(codec.codebook_sizes)
+    offsets = np.cumsum((0, *codec.codebook_sizes[:-1]))
+    tokens = ItemTokens(keys_I.cpu().numpy(), codes, codec, offsets.tolist())
+    torch.manual_seed(3)
+    shape = (codes + len(keys_I), weights.shape[1])
+    embeddings = torch.empty(shape, dtype=dtype or weights.dtype, device=weights.device)
+    return ItemScores(tokens, embeddings.normal_(std=weights.shape[1] ** -0.5), weight)
 
 
 def prefixes(keys_M: Tensor, plan: Plan) -> tuple[int, ...]:
@@ -91,7 +113,7 @@ class SearchCase:
 def reference(head: DraftHead, keys_M: Tensor, case: SearchCase, compiled: bool = False) -> Callable[[], Any]:
     """The same requests through the PyTorch reference, in slices if they are many, as the CPU path does it."""
     search: Any = torch.compile(reference_beam_search) if compiled else reference_beam_search
-    drives = head.code_drives()
+    drives, items = head.code_drives(), None if case.plan.items is None else case.plan.items.scores
     step = max(1, MAX_SCORES // (case.width * max(head.codebook_sizes)))
     hidden = case.hidden_NSH
     widths_N = torch.full((case.requests,), case.width, device=hidden.device)
@@ -100,7 +122,7 @@ def reference(head: DraftHead, keys_M: Tensor, case: SearchCase, compiled: bool 
     def run() -> None:
         for first in range(0, case.requests, step):
             part = slice(first, first + step)
-            search(head, hidden[part], keys_M, widths_N[part], stepwise_N[part], drives)
+            search(head, hidden[part], keys_M, widths_N[part], stepwise_N[part], drives, item_scores=items)
 
     return run
 
@@ -112,13 +134,14 @@ def label(names: Iterable[str]) -> list[tuple[str, int]]:
     """
     level, labels = 1, []
     for name in names:
-        ours = next((part for part in OURS if part in name), "beam_products")
+        ours = next((part for part in (*OURS, *OF_ITEMS) if part in name), "beam_products")
         part = ours.removeprefix("few_")
         labels.append((part, level))
         if part == "select_beams":
             level += 1
-    # the next states are made behind the selection, of the level that was selected
-    return [(part, level - 1 if part == "context_states" else level) for part, level in labels]
+    # behind the selection, of the level that was selected: the next states, and what items add
+    behind = ("context_states", *OF_ITEMS)
+    return [(part, level - 1 if part in behind else level) for part, level in labels]
 
 
 def work_of(part: str, level: int, search: floors.Search, case: SearchCase) -> floors.Work:
@@ -132,4 +155,8 @@ def work_of(part: str, level: int, search: floors.Search, case: SearchCase) -> f
         return floors.score_children(search, index, case.plan.levels[index].table is not None)
     if part == "select_beams":
         return floors.select_beams(search, index, *case.geometry(index))
+    if part == "item_products":
+        return floors.item_products(search)
+    if part == "rank_items":
+        return floors.rank_items(search)
     return floors.context_states(search, index)

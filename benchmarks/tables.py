@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import kernel_tables, served_tables
-from benchmarks.choose import results
+from benchmarks.choose import results, together
 from benchmarks.machine import ROOT
 from benchmarks.rows import RESULTS, Row
 from benchmarks.timeline import links
@@ -36,6 +36,8 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "profile-gpu": ("profile", lambda rows: kernel_tables.profile(rows, "gpu")),
     "profile-host": ("profile", lambda rows: kernel_tables.profile(rows, "host")),
 }
+H200 = {f"{name}-h200": TABLES[name] for name in ("kernels", "kernel-parts")}  # beside those of most rows' GPU
+TOGETHER = {f"{name}-together": TABLES[name] for name in ("latency", "throughput")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_tables(folder: Path, gpu: str = "", vllm: str = "") -> dict[str, str]:
     """All tables that have rows, by name."""
     texts = {name: make(results(folder, file, gpu, vllm)) for name, (file, make) in TABLES.items()}
+    texts |= {name: make(results(folder, file, "NVIDIA H200", vllm)) for name, (file, make) in H200.items()}
+    texts |= {name: make(together(folder, file, gpu, vllm)) for name, (file, make) in TOGETHER.items()}
     texts["summary"] = served_tables.summary(*(results(folder, name, gpu, vllm) for name in ("latency", "throughput")))
     texts["timelines"] = links(folder)
     return {name: text for name, text in texts.items() if text}

@@ -56,6 +56,32 @@ def gather(source, scores, chosen, count, values, row_size, stage, FAN: tl.const
     tl.debug_barrier()
 
 
+@triton.jit
+def pack_answer(valid, total, kept, lows, history, request, out, out_stride, K: tl.constexpr, L: tl.constexpr):
+    """A request's row of ``out``, int32 [2 + K · (1 + L)]: how many beams are items, how many were finished, and best
+    first each beam's index among the keys (-1 where there is none) and the bits of its log-probabilities.
+
+    ``valid`` and ``total`` [K] say which beams are items and what they are sorted by.
+    """
+    first = request.to(tl.int64) * K
+    beam = tl.arange(0, K)
+    key = tl.where(valid, ordered(total), DEAD).to(tl.int64)
+    # descending by score, then by place: one ascending sort of both in one integer
+    rank = tl.sort((-key << 32) + beam, 0)
+    source = (rank & 0xFFFFFFFF).to(tl.int32)
+    num_valid = tl.sum(valid.to(tl.int32), 0)
+    returned = beam < num_valid
+    row = out + request.to(tl.int64) * out_stride
+    tl.store(row, num_valid)
+    tl.store(row + 1, kept)
+    index = tl.load(lows + first + source, mask=returned, other=-1)
+    target = row + 2 + beam * (1 + L)
+    tl.store(target, index)
+    for level in tl.static_range(L):
+        log_p = tl.load(history + (first + source) * L + level, mask=returned, other=0.0)
+        tl.store(target + 1 + level, log_p.to(tl.int32, bitcast=True))
+
+
 @triton.jit(do_not_specialize=["num_requests", "words"], do_not_specialize_on_alignment=["counts"])
 def select_beams(
     log_probs, maxima, group_maxima, chosen, values,
@@ -64,7 +90,7 @@ def select_beams(
     asked, positions, catalogues, out,
     num_requests, size, suffix, groups, rows, out_stride, words,
     K: tl.constexpr, L: tl.constexpr, LEVEL: tl.constexpr, IN_TABLE: tl.constexpr, FAN: tl.constexpr,
-    BLOCK: tl.constexpr, ONE: tl.constexpr,
+    BLOCK: tl.constexpr, ONE: tl.constexpr, ITEM_SCORES: tl.constexpr,
 ):  # fmt: skip
     """One program a request: from the candidates of level LEVEL (from 0) to its beams, or to the answer.
 
@@ -73,8 +99,8 @@ def select_beams(
     [8, N], positions and catalogues are those of `Plan.search`.
     BLOCK values are looked at in one go; ONE says that there are never more. ``chosen`` int32 [4, rows] and ``values``
     float32 [N · K · FAN] are scratch.
-    At the last level ``out`` int32 [N, 2 + K · (1 + L)] gets how many beams are items, how many were finished, and
-    best first each beam's index among the keys (-1 where there is none) and the bits of its log-probabilities.
+    At the last level ``out`` int32 [N, 2 + K · (1 + L)] gets what `pack_answer` describes; or, with ITEM_SCORES, beams
+    that are no items get an empty range of keys, and `rank_items` writes the answer.
     """
     request = tl.program_id(0)
     first = request.to(tl.int64) * K
@@ -131,18 +157,7 @@ def select_beams(
         tl.debug_barrier()
         rule, begin, end, ranks_at = rule_of(asked, num_requests, request)
         valid = alive & any_eligible(low, high, rule, positions, begin, end, ranks, ranks_at)
-        key = tl.where(valid, ordered(total), DEAD).to(tl.int64)
-        # descending by score, then by place: one ascending sort of both in one integer
-        rank = tl.sort((-key << 32) + beam, 0)
-        source = (rank & 0xFFFFFFFF).to(tl.int32)
-        num_valid = tl.sum(valid.to(tl.int32), 0)
-        returned = beam < num_valid
-        row = out + request.to(tl.int64) * out_stride
-        tl.store(row, num_valid)
-        tl.store(row + 1, kept)
-        index = tl.load(new_lows + first + source, mask=returned, other=-1)
-        target = row + 2 + beam * (1 + L)
-        tl.store(target, index)
-        for level in tl.static_range(L):
-            log_p = tl.load(new_history + (first + source) * L + level, mask=returned, other=0.0)
-            tl.store(target + 1 + level, log_p.to(tl.int32, bitcast=True))
+        if ITEM_SCORES:
+            tl.store(new_highs + first + beam, low, mask=alive & (valid == 0))
+        else:
+            pack_answer(valid, total, kept, new_lows, new_history, request, out, out_stride, K, L)

@@ -18,6 +18,7 @@ from nezha_vllm.config import MAX_BEAM_WIDTH
 from nezha_vllm.draft_head import Beams, DraftHead, Eligible, reference_beam_search
 
 if TYPE_CHECKING:
+    from nezha_vllm.item_scores import ItemScores
     from nezha_vllm.triton_search import Plan
 
 # elements of one [N, K, T] score tensor; the reference peaks at 56 bytes an element, so at 450 MiB. Larger batches are
@@ -52,13 +53,13 @@ def kernels_run(head: DraftHead) -> bool:
 class BeamSearch:
     """A draft head with its final weights, bound to a catalogue's sorted keys (int64 [M], on the head's device)."""
 
-    def __init__(self, head: DraftHead, keys_M: Tensor) -> None:
-        self.head, self.keys_M = head, keys_M
+    def __init__(self, head: DraftHead, keys_M: Tensor, item_scores: ItemScores | None = None) -> None:
+        self.head, self.keys_M, self.item_scores = head, keys_M, item_scores
         self.plan: Plan | None = None
         if kernels_run(head):
             from nezha_vllm.triton_search import Plan
 
-            self.plan = Plan(head, keys_M)
+            self.plan = Plan(head, keys_M, item_scores)
         else:
             self.code_drives = head.code_drives()
 
@@ -96,7 +97,9 @@ class BeamSearch:
         def search(hidden_NSH: Tensor, widths: Sequence[int], stepwise: Sequence[bool], rules: list) -> Beams:
             widths_N = torch.tensor(widths, dtype=torch.long, device=hidden_NSH.device)
             stepwise_N = torch.tensor(stepwise, dtype=torch.bool, device=hidden_NSH.device)
-            return reference_beam_search(self.head, hidden_NSH, self.keys_M, widths_N, stepwise_N, drives, rules)
+            return reference_beam_search(
+                self.head, hidden_NSH, self.keys_M, widths_N, stepwise_N, drives, rules, self.item_scores
+            )
 
         return search, max(1, MAX_SCORES // (max(widths) * max(self.head.codebook_sizes)))
 

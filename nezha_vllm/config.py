@@ -31,6 +31,8 @@ class NezhaFields:
         softmax: over what a level's probabilities sum to one: ``codes``, all of the level as in the paper, or
             ``catalogue``, those that continue the prefix to an item.
         num_item_tokens: tokens of semantic IDs, the last of the vocabulary, see ``item_tokens``.
+        item_score_weight: of the products of h_0 and items beside the log-probabilities of their codes, see
+            ``item_scores``; 0 for codes alone, as in the paper. Others need item tokens.
         shared_ids: how items that share a semantic ID come out, see ``sharing.ranked_rows``.
         catalogue: folder of the catalogue, relative to the checkpoint.
         method: ``nezha``, or one that it is compared with, see ``ablations`` and ``hf.language_model``, which are not
@@ -45,6 +47,7 @@ class NezhaFields:
     validity: str = "stepwise"
     softmax: str = "codes"
     num_item_tokens: int = 0
+    item_score_weight: float = 0.0
     shared_ids: str = "expand"
     catalogue: str = "catalogue"
     method: str = "nezha"
@@ -101,6 +104,12 @@ class NezhaFields:
             raise ValueError(
                 f"config.json: vocab_size is {self.vocab_size}, num_item_tokens {self.num_item_tokens}, "  # type: ignore[attr-defined]
                 f"but code_token_offsets or placeholder_token_ids reach token id {spans[-1].stop - 1}"
+            )
+        if not 0 <= self.item_score_weight < float("inf"):
+            raise ValueError(f"config.json: item_score_weight is {self.item_score_weight}, must be 0 or positive")
+        if self.item_score_weight and not self.num_item_tokens:
+            raise ValueError(
+                f"config.json: item_score_weight is {self.item_score_weight}, but there are no item tokens; set it to 0"
             )
         if self.method not in METHODS:
             raise ValueError(f"config.json: method is {self.method!r}, must be one of {METHODS}")

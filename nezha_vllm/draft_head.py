@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nezha_vllm.semantic_id import SemanticIdCodec
+
+if TYPE_CHECKING:
+    from nezha_vllm.item_scores import ItemScores
 
 
 class DraftHead(nn.Module):
@@ -104,7 +108,8 @@ class Beams:
     """Finished beams, best first: score descending, equal scores by semantic ID ascending (level 1 first).
 
     ``index_NK`` is the position in the catalogue's sorted keys, -1 beyond the request's valid beams;
-    ``log_probs_NKL`` float32, one a level; ``scores_NK`` their sum, -inf where there is no beam;
+    ``log_probs_NKL`` float32, one a level, the last with the item's score if there are `ItemScores`; ``scores_NK``
+    their sum, -inf where there is no beam;
     ``drafted_N`` how many beams were finished before validity was checked, ``valid_N`` how many of them are items.
     """
 
@@ -166,6 +171,7 @@ def reference_beam_search(
     stepwise_N: Tensor,
     code_drives: Sequence[Tensor] | None = None,
     eligible: Sequence[Eligible | None] | None = None,
+    item_scores: ItemScores | None = None,
 ) -> Beams:
     """Beam search over semantic IDs, obvious rather than fast. Exact: a width of M or more is brute force.
 
@@ -176,6 +182,7 @@ def reference_beam_search(
         stepwise_N: bool; True masks every level by catalogue prefixes, False drops invalid beams at the end.
         eligible: which semantic IDs each request may get; None for all of them. Probabilities do not hang on it.
         code_drives: ``head.code_drives()`` kept from earlier, which halves the work; None computes what is needed.
+        item_scores: what the beams at the end are put in order by, beside their log-probabilities.
     """
     assert len(keys_M) >= 1, "no keys to search"
     assert int(widths_N.min()) >= 1, "beam widths start at 1"
@@ -208,19 +215,32 @@ def reference_beam_search(
             drive_NKH = code_drives[level][code_NK] if code_drives else head.code_drive(level, code_NK)
             # W_hh before the gather: one row a parent, which at level 1 is one row a request instead of K
             state_NBH = head.activation(drive_NKH + gather_beams(head.recurrence(level, state_NBH), parent_NK))
-    return finish(prefix_NB, score_NB, history_NBL, keys_M, eligible or ())
+    return finish(prefix_NB, score_NB, history_NBL, keys_M, eligible or (), item_scores, hidden_NSH[:, 0])
 
 
 def finish(
-    key_NK: Tensor, score_NK: Tensor, log_probs_NKL: Tensor, keys_M: Tensor, eligible: Sequence[Eligible | None]
+    key_NK: Tensor,
+    score_NK: Tensor,
+    log_probs_NKL: Tensor,
+    keys_M: Tensor,
+    eligible: Sequence[Eligible | None],
+    item_scores: ItemScores | None,
+    first_NH: Tensor,
 ) -> Beams:
-    """Drop the beams that are no items and sort the others, which arrive in the order of their keys."""
+    """Drop the beams that are no items and sort the others, which arrive in the order of their keys.
+
+    ``first_NH``: h_0, of which ``item_scores`` makes what is added to the last level's log-probabilities.
+    """
     drafted_NK = score_NK > -torch.inf
     index_NK = torch.searchsorted(keys_M, key_NK).clamp(max=len(keys_M) - 1)
     valid_NK = drafted_NK & (keys_M[index_NK] == key_NK)
     for request, rule in enumerate(eligible):
         if rule is not None:
             valid_NK[request] &= rule.any_in(index_NK[request], index_NK[request] + 1)
+    if item_scores is not None:
+        request_X, beam_X = valid_NK.nonzero(as_tuple=True)
+        log_probs_NKL[request_X, beam_X, -1] += item_scores(first_NH[request_X], key_NK[request_X, beam_X])
+        score_NK = log_probs_NKL.sum(2)
     score_NK = score_NK.masked_fill(~valid_NK, -torch.inf)
     # beams arrive in key order, so a stable sort leaves equal scores in key order
     score_NK, order_NK = score_NK.sort(dim=1, descending=True, stable=True)

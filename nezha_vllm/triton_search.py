@@ -1,7 +1,8 @@
 """The beam search as a fixed sequence of Triton launches: no host synchronisation, so it can be one CUDA graph.
 
 For N requests of up to K beams each level is: matrix products, scores with validity, exact selection, next states (the
-last level has no next states). `Plan` holds what is fixed for a head and a catalogue, `Workspace` the buffers.
+last level has no next states). Item scores are two launches more, see `triton_items`. `Plan` holds what is fixed for a
+head and a catalogue, `Workspace` the buffers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -22,6 +24,10 @@ from nezha_vllm.kernels.score import score_children
 from nezha_vllm.kernels.select import select_beams
 from nezha_vllm.search_memory import FANS, BeamRows, Geometry, Workspace
 from nezha_vllm.semantic_id import SemanticIdCodec
+from nezha_vllm.triton_items import ItemKernels
+
+if TYPE_CHECKING:
+    from nezha_vllm.item_scores import ItemScores
 
 PIECE = 1 << 22  # prefixes looked up in one go
 MAX_ROWS = 32_768  # beams in one launch: 64 requests at K = 512, at H = 2048 and T = 512 a workspace of 350 MB
@@ -50,7 +56,7 @@ class Plan:
     ``weights`` is [Σ (T_l + H), H]: W_1, W_hh,1, W_2, W_hh,2, …, W_L.
     """
 
-    def __init__(self, head: DraftHead, keys_M: Tensor) -> None:
+    def __init__(self, head: DraftHead, keys_M: Tensor, item_scores: ItemScores | None = None) -> None:
         assert len(keys_M) < 2**31, "positions among the keys are int32"
         self.codec = SemanticIdCodec(head.codebook_sizes)
         self.keys, self.num_keys = keys_M, len(keys_M)
@@ -68,6 +74,7 @@ class Plan:
         ]
         self.over_catalogue = head.over_catalogue
         self.precision = "ieee" if self.weights.dtype == torch.float32 else "tf32"
+        self.items = None if item_scores is None else ItemKernels(item_scores)  # the same over every catalogue
         self._lay_out()
         self.alone = torch.tensor([self.entry()], device=self.weights.device)
 
@@ -139,7 +146,7 @@ class Plan:
         positions: Tensor | None = None,
         catalogues: Tensor | None = None,
     ) -> None:
-        """Launch the search of N requests; ``out`` int32 [N, 2 + K · (1 + L)] gets what `select_beams` describes.
+        """Launch the search of N requests; ``out`` int32 [N, 2 + K · (1 + L)] gets what `pack_answer` describes.
 
         Args:
             hidden_NSH: contiguous, of the weights' dtype.
@@ -167,6 +174,8 @@ class Plan:
             if index + 1 < len(self.levels):
                 self._states(work, index, rows, width, children)
             parents = children
+        if self.items is not None:
+            self.items(hidden_NSH, parents, out, width)
 
     def _request_products(self, work: Workspace, hidden_NSH: Tensor) -> None:
         num_requests, num_states, hidden_size = hidden_NSH.shape
@@ -344,6 +353,7 @@ class Plan:
             FAN=fan,
             BLOCK=block,
             ONE=block == most,
+            ITEM_SCORES=self.items is not None,
             num_warps=min(16, max(4, block // 256)),
         )
 

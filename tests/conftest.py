@@ -66,6 +66,7 @@ def make_checkpoint(
     seed: int = 0,
     softmax: str = "codes",
     item_tokens: int = 0,
+    item_score_weight: float = 0.0,
 ) -> Path:
     """A checkpoint with random weights, large enough for scores that are well apart, and items that share IDs.
 
@@ -88,11 +89,11 @@ def make_checkpoint(
     config.initializer_range, config.softmax = 0.15, softmax
     write_checkpoint(folder, config, tokenizer, catalogue, dtype=getattr(torch, dtype), seed=seed)
     if item_tokens:
-        give_item_tokens(folder, catalogue.keys[::2][:item_tokens])
+        give_item_tokens(folder, catalogue.keys[::2][:item_tokens], item_score_weight)
     return folder
 
 
-def give_item_tokens(folder: Path, keys: np.ndarray) -> None:
+def give_item_tokens(folder: Path, keys: np.ndarray, item_score_weight: float = 0.0) -> None:
     """As training leaves them, with vectors that count for as much as those of the codes."""
     from transformers import AutoModelForCausalLM
 
@@ -104,6 +105,7 @@ def give_item_tokens(folder: Path, keys: np.ndarray) -> None:
     model.item_embeddings = ItemEmbeddings(model.config, keys, model.model.embed_tokens)
     model.item_embeddings.own.weight.data.normal_(std=0.15)
     model.settle_item_tokens()
+    model.config.item_score_weight = item_score_weight
     model.save_pretrained(folder)
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from nezha_vllm import beam
 from nezha_vllm.draft_head import Beams, DraftHead, Eligible, reference_beam_search
+from nezha_vllm.item_scores import ItemScores
+from nezha_vllm.item_tokens import ItemTokens
 from nezha_vllm.semantic_id import SemanticIdCodec
 
 
@@ -31,7 +33,9 @@ class Case:
     widths: list[int]
     stepwise: list[bool]
 
-    def search(self, eligible: list[Eligible | None] | None = None, **changes) -> Beams:
+    def search(
+        self, eligible: list[Eligible | None] | None = None, item_scores: ItemScores | None = None, **changes
+    ) -> Beams:
         case = Case(**(vars(self) | changes))
         return reference_beam_search(
             case.head,
@@ -40,6 +44,7 @@ class Case:
             torch.tensor(case.widths),
             torch.tensor(case.stepwise),
             eligible=eligible,
+            item_scores=item_scores,
         )
 
 
@@ -70,6 +75,30 @@ def cases(draw: st.DrawFn, max_keys: int = 3000, max_levels: int = 5) -> Case:
         [draw(st.sampled_from(around) | st.integers(1, 40)) for _ in range(count)],
         [draw(st.booleans()) for _ in range(count)],
     )
+
+
+@st.composite
+def item_scores_of(draw: st.DrawFn, case: Case) -> ItemScores:
+    """Of a model that has tokens of some of the catalogue's items, and of others."""
+    codec = SemanticIdCodec(case.head.codebook_sizes)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    known = case.keys[rng.random(len(case.keys)) < draw(st.sampled_from([0, 0.5, 1]))]
+    known = np.union1d(known, rng.integers(0, codec.capacity, 3))
+    offsets = 7 + np.cumsum((0, *codec.codebook_sizes[:-1]))
+    tokens = ItemTokens(known, 9 + sum(codec.codebook_sizes), codec, offsets.tolist())
+    shape = tokens.first + len(known), case.hidden_NSH.shape[2]
+    return ItemScores(tokens, torch.from_numpy(rng.standard_normal(shape)), draw(st.sampled_from([0.25, 1.0, 3.0])))
+
+
+def products(scores: ItemScores, hidden_SH: Tensor, keys: np.ndarray) -> Tensor:
+    """weight · (h_0 · vector) of each key, one after the other [M]."""
+    tokens = {key: scores.first + number for number, key in enumerate(scores.keys.tolist())}
+    found = []
+    for key, codes in zip(keys.tolist(), scores.codec.codes_of_key(keys).tolist(), strict=True):
+        rows = [offset + code for offset, code in zip(scores.offsets, codes, strict=True)]
+        vector = scores.embeddings[[tokens[key]] if key in tokens else rows].sum(0)
+        found.append(scores.weight * torch.dot(hidden_SH[0], vector))
+    return torch.stack(found).float()
 
 
 def answer(beams: Beams, request: int) -> Answer:
@@ -134,6 +163,39 @@ def test_a_beam_as_wide_as_the_catalogue_is_brute_force(case, beyond):
         found = answer(beams, request)
         assert len(found.index) == found.drafted == len(case.keys)
         assert_best_of(brute_force(case.head, case.hidden_NSH[request], case.keys), found, tolerance=1e-5)
+
+
+@given(st.data(), st.integers(0, 50))
+def test_a_beam_as_wide_as_the_catalogue_is_brute_force_with_item_scores(data, beyond):
+    case = data.draw(cases(max_keys=200))
+    scores, widths = data.draw(item_scores_of(case)), [len(case.keys) + beyond] * len(case.widths)
+    beams = case.search(item_scores=scores, widths=widths, stepwise=[True] * len(widths))
+    for request, hidden_SH in enumerate(case.hidden_NSH):
+        totals_M = brute_force(case.head, hidden_SH, case.keys) + products(scores, hidden_SH, case.keys)
+        assert_best_of(totals_M, answer(beams, request), tolerance=1e-4)
+
+
+@given(st.data())
+def test_item_scores_put_what_was_found_in_another_order(data):
+    """Whatever the width, mode and rule: the same items, whose last log-probability has the product in it."""
+    case = data.draw(cases())
+    scores = data.draw(item_scores_of(case))
+    listed = torch.arange(0, len(case.keys), 2)
+    rules = [data.draw(st.sampled_from([None, Eligible(listed, True), Eligible(listed, False)])) for _ in case.widths]
+    plain, beams = case.search(rules), case.search(rules, scores)
+    for request, hidden_SH in enumerate(case.hidden_NSH):
+        before, after = answer(plain, request), answer(beams, request)
+        assert sorted(after.index) == sorted(before.index)
+        assert after.drafted == before.drafted
+        if not after.index:
+            continue
+        pairs = list(zip(after.scores, after.index, strict=True))
+        assert pairs == sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
+        log_probs = dict(zip(before.index, before.log_probs, strict=True))
+        added = np.array(after.log_probs) - np.array([log_probs[index] for index in after.index])
+        assert (added[:, :-1] == 0).all()
+        expected = products(scores, hidden_SH, case.keys[after.index]).tolist()
+        assert added[:, -1].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 @given(cases(max_keys=200))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 from benchmarks import floors, wrk
 from benchmarks.agreement import said
-from benchmarks.choose import newest, one_machine
+from benchmarks.choose import newest, one_machine, together
 from benchmarks.gpu_parts import backbone_work, sort_kernels
 from benchmarks.host_steps import HostSteps
 from benchmarks.machine import ROOT
@@ -68,6 +69,16 @@ def test_a_floor_knows_how_many_beams_a_catalogue_allows():
     few = floors.Search(requests=2, width=4096, sizes=(512, 512, 512), hidden=64, prefixes=(500, 900, 1000))
     assert [few.beams(level) for level in range(4)] == [1, 500, 900, 1000]
     assert floors.beam_products(few, 1).flops == 2 * 2 * 500 * 64 * (512 + 64)
+
+
+def test_floors_of_item_scores_by_hand():
+    known, half = (replace(PAPER, with_token=share) for share in (1.0, 0.5))
+    assert floors.vectors(known) == 512 * 4096
+    assert floors.vectors(half) == (256 + 256 * 3) * 4096  # codes of the others
+    assert floors.vectors(replace(half, requests=64)) == (64 * 256 + 3 * 512) * 4096  # no more than there are
+    assert floors.item_products(known).bytes == 512 * 4096 + 4096 + 512 * 24
+    assert floors.stage(known).bytes - floors.stage(PAPER).bytes == 512 * 4096
+    assert floors.rank_items(known).bytes == 512 * 5 * 4 + (2 + 512 * 4) * 4
 
 
 def test_kernels_are_sorted_into_parts_and_waiting_is_counted_once():
@@ -225,6 +236,24 @@ def test_the_readme_has_the_default_server_beside_stock_vllm(tmp_path):
     assert make_tables(tmp_path)["summary"] == SUMMARY
 
 
+def test_one_run_has_nezha_and_stock_vllm_under_one_name(tmp_path):
+    ours = {"system": "nezha", "beam_width": 10, "n": 10, "p50_ms": 2.0, "prompt_tokens": 128, "date": "2026-01-03"}
+    stock = ours | {"system": "vllm-beam", "p50_ms": 20.0}
+    for gpu, commit, more, p50 in [("GPU A", "old", "", 1.0), ("GPU B", "new", ", B, async scheduling", 2.0)]:
+        where = {"gpu": gpu, "commit": commit, "date": f"2026-01-0{p50:.0f}"}
+        append("latency", row(**ours | where | {"model": f"m{more}", "p50_ms": p50}), tmp_path)
+        append("latency", row(**stock | where | {"model": "m, B" if more else "m"}), tmp_path)
+    append("latency", row(**ours | {"gpu": "GPU B", "commit": "new", "model": "m, B, tensor parallel 2"}), tmp_path)
+    append("latency", row(**ours | {"gpu": "GPU C", "commit": "alone", "model": "m"}), tmp_path)
+    found = together(tmp_path, "latency")
+    assert [(one.commit, one.model, one.system, one.p50_ms) for one in found] == [
+        ("new", "m", "nezha", 2.0),
+        ("new", "m", "vllm-beam", 20.0),
+    ]
+    assert "| 10.0 × |" in make_tables(tmp_path)["latency-together"]
+    assert not together(tmp_path, "throughput")
+
+
 def test_every_plot_can_be_drawn(tmp_path):
     plots = pytest.importorskip("benchmarks.plots")
     base = {"prompt_tokens": 128, "p50_ms": 2.0, "p99_ms": 3.0, "requests_per_s": 9.0, "n": 5}
@@ -265,10 +294,10 @@ def test_without_a_gpu_the_kernels_say_that_they_need_one():
 
 def test_kernels_are_labelled_by_part_and_level():
     names = ["few_request_products", "score_children", "select_beams", "context_states", "nvjet", "splitK_reduce"]
-    labels = label([*names, "score_children", "select_beams"])
+    labels = label([*names, "score_children", "select_beams", "item_products", "rank_items"])
     assert labels[3:6] == [("context_states", 1), ("beam_products", 2), ("beam_products", 2)]
     assert labels[0] == ("request_products", 1)
-    assert labels[-1] == ("select_beams", 2)
+    assert labels[-3:] == [("select_beams", 2), ("item_products", 2), ("rank_items", 2)]
 
 
 def test_the_busiest_gpu_is_the_one_with_the_highest_mean():

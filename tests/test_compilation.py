@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,8 @@ import pytest
 import torch
 
 from nezha_vllm.draft_head import DraftHead
+
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
 pytestmark = pytest.mark.slow
 SHARED_MEMORY = 232_448  # bytes a program can have
@@ -50,19 +54,31 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    ("sizes", "width", "requests", "over_catalogue"),
-    [((512, 512, 512), 512, 1, False), ((300, 40), 16, 20, True), ((65, 3000, 2, 7), 64, 2, True)],
+    ("sizes", "width", "requests", "over_catalogue", "with_items"),
+    [
+        ((512, 512, 512), 512, 1, False, False),
+        ((512, 512, 512), 512, 1, False, True),
+        ((300, 40), 16, 20, True, True),
+        ((65, 3000, 2, 7), 64, 2, True, False),
+    ],
 )
 def test_a_search_compiles(
-    compiled: list[str], sizes: tuple[int, ...], width: int, requests: int, over_catalogue: bool, dtype: torch.dtype
+    compiled: list[str],
+    sizes: tuple[int, ...],
+    width: int,
+    requests: int,
+    over_catalogue: bool,
+    with_items: bool,
+    dtype: torch.dtype,
 ) -> None:
+    from benchmarks.search_case import random_items
     from nezha_vllm.search_memory import Workspace
     from nezha_vllm.triton_search import Plan
 
     head = DraftHead(128, sizes, dtype=dtype).requires_grad_(False)
     head.over_catalogue = over_catalogue
     keys = torch.from_numpy(np.unique(np.random.default_rng(0).integers(0, math.prod(sizes), 500)))
-    plan = Plan(head, keys)
+    plan = Plan(head, keys, random_items(head, keys[::2]) if with_items else None)
     plan.search(
         Workspace(plan, requests * width, requests),
         torch.zeros(requests, len(sizes) + 1, 128, dtype=dtype),
@@ -71,4 +87,5 @@ def test_a_search_compiles(
         width,
     )
     assert compiled.count("select_beams") == compiled.count("score_children") == len(sizes)
+    assert compiled.count("item_products") == compiled.count("rank_items") == int(with_items)
     assert compiled.count("beam_products") == compiled.count("context_states") == len(sizes) - 1

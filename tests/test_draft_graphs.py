@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import torch
 
 from nezha_vllm import payload
 from nezha_vllm.draft_head import DraftHead, Eligible, reference_beam_search
+
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 SIZES, HIDDEN, WIDEST = (64, 64, 64), 256, 300
@@ -58,10 +62,18 @@ def check(head, keys, step: Step, answers, n: int = 10, eligible=None) -> None:
     check_payload(head, keys, widths, rows, states, got, n, eligible)
 
 
-def check_payload(head, keys, widths, rows, states, got, n: int = 10, eligible=None, stepwise=None) -> None:
+def check_payload(head, keys, widths, rows, states, got, n: int = 10, eligible=None, stepwise=None, items=None) -> None:
     hidden = torch.stack([states[row - len(SIZES) : row + 1] for row in rows])
     modes = torch.tensor(stepwise or [True] * len(widths), device="cuda")
-    expected = reference_beam_search(head, hidden, keys, torch.tensor(widths, device="cuda"), modes, eligible=eligible)
+    expected = reference_beam_search(
+        head,
+        hidden,
+        keys,
+        torch.tensor(widths, device="cuda"),
+        modes,
+        eligible=eligible,
+        item_scores=items,
+    )
     for request, width in enumerate(widths):
         found = payload.unpack(got.token_ids[request], got.log_probs[request], got.ranks[request], len(SIZES))
         assert found.num_valid == int(expected.valid_N[request])
@@ -212,6 +224,52 @@ def test_a_softmax_over_the_catalogue_is_over_the_one_that_a_request_is_searched
             eligible=[eligible[request] for request in part],
             stepwise=[stepwise[request] for request in part],
         )
+
+
+def test_item_scores_are_the_models_in_every_catalogue(parts):
+    """Two catalogues, both modes and exclusion lists in one step, three steps in flight; the model knows some items."""
+    from benchmarks.search_case import random_items
+    from nezha_vllm.engine.draft_graphs import DraftGraphs, Options
+    from nezha_vllm.triton_search import ALL, ALL_BUT, Plan
+
+    head, keys, _ = parts
+    catalogues = [keys, torch.randint(0, 64**3, (30_000,), device="cuda").unique()]
+    items = random_items(head, catalogues[1][::2])
+    plan = Plan(head, keys, items)
+    graphs = DraftGraphs(plan, 32, WIDEST)
+    assert graphs.put(plan.over(catalogues[1]), None) == 1
+    rng = np.random.default_rng(0)
+    pending = []
+    for seed in range(3):
+        step = make_step(np.random.default_rng(seed), 20)
+        places, stepwise = rng.integers(0, 2, 20).tolist(), (rng.random(20) < 0.7).tolist()
+        eligible: list[Eligible | None] = [
+            Eligible(torch.arange(0, 9000, 3, device="cuda")[:2000], only=False) if request % 2 else None
+            for request in range(20)
+        ]
+        options = [
+            Options(width, mode, ALL, place=place)
+            if rule is None
+            else Options(width, mode, ALL_BUT, rule.positions.cpu().numpy().astype(np.int32), place=place)
+            for width, mode, rule, place in zip(step[0], stepwise, eligible, places, strict=True)
+        ]
+        pending.append((step, places, stepwise, eligible, launch(graphs, step, options)))
+    torch.cuda.synchronize()
+    for (widths, rows, states), places, stepwise, eligible, (_, answers) in pending:
+        got = payload.gather([(part, beams.numpy()) for part, beams in answers], 20, 10, len(SIZES))
+        for place, its_keys in enumerate(catalogues):
+            part = [request for request, where in enumerate(places) if where == place]
+            check_payload(
+                head,
+                its_keys,
+                [widths[request] for request in part],
+                [rows[request] for request in part],
+                states,
+                payload.HostPayload(*(values[part] for values in got)),
+                eligible=[eligible[request] for request in part],
+                stepwise=[stepwise[request] for request in part],
+                items=items,
+            )
 
 
 def test_ten_thousand_requests_leave_no_memory_behind(parts):

@@ -187,6 +187,31 @@ def test_items_with_and_without_tokens_are_served_as_the_reference_has_them(smal
         ask(engine, [{"prompt_token_ids": [model.config.first_item_token]}])
 
 
+def test_items_scores_are_served_as_the_reference_has_them(tmp_path: Path) -> None:
+    from nezha_vllm.catalogue import Catalogue
+    from nezha_vllm.hf.modeling import NezhaQwen3ForCausalLM
+
+    options = {"family": "qwen3", "items": 400, "item_tokens": 150, "item_score_weight": 0.5}
+    folder = make_checkpoint(tmp_path / "scored", **options)
+    model, catalogue = NezhaQwen3ForCausalLM.from_pretrained(folder).eval(), Catalogue.load(folder / "catalogue")
+    history = [[f"item-{i}" for i in range(1, 12)], ["item-3", "item-17"]]
+    prompts = [{"prompt": "".join(f"<item:{item}>" for item in items)} for items in history]
+
+    def reference(n: int, beam_width: int) -> list[list[tuple[str, float]]]:
+        rankings = model.recommend(history, n, catalogue=catalogue, beam_width=beam_width)
+        return [[(item.item_id, item.score) for item in ranking] for ranking in rankings]
+
+    with in_process(folder, max_model_len=64, num_gpu_blocks_override=16) as engine:
+        for n, beam_width in ((200, 512), (5, 7)):
+            outputs = ask(engine, prompts, n=n, beam_width=beam_width)
+            for output, expected in zip(outputs, reference(n, beam_width), strict=True):
+                assert_same_answer(of_output(output), expected)
+    model.config.item_score_weight = 0.0
+    without = [[item for item, _ in ranking] for ranking in reference(200, 512)]
+    model.config.item_score_weight = 0.5
+    assert without != [[item for item, _ in ranking] for ranking in reference(200, 512)]
+
+
 def test_offline_beam_search_equals_generate(llm: LLM, checkpoint: Path) -> None:
     from vllm.sampling_params import BeamSearchParams
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from answers import assert_same_answer, of_output
-from conftest import start
+from conftest import MOVIES, make_checkpoint, start
 from test_engine import LENGTHS, N, ask, prompt_of
 
 if TYPE_CHECKING:
@@ -41,11 +41,12 @@ def reference(checkpoint: Path) -> list[list[tuple[str, float]]]:
     keys = torch.from_numpy(catalogue.keys.copy()).cuda()
     rankings = []
     for length in LENGTHS:
-        tokens = prompt_of(length, checkpoint)["prompt_token_ids"] + list(model.config.placeholder_token_ids)
-        ids = torch.tensor([tokens], device="cuda")
+        tokens = prompt_of(length, checkpoint)["prompt_token_ids"]
+        tokens = model.item_tokens.in_prompt(tokens) if model.item_tokens else tokens
+        ids = torch.tensor([[*tokens, *model.config.placeholder_token_ids]], device="cuda")
         hidden = model.hidden_states_for(ids, torch.ones_like(ids))
         widths, stepwise = torch.tensor([50], device="cuda"), torch.tensor([True], device="cuda")
-        beams = reference_beam_search(model.draft_head, hidden, keys, widths, stepwise)
+        beams = reference_beam_search(model.draft_head, hidden, keys, widths, stepwise, item_scores=model.item_scores)
         found = zip(beams.index_NK[0].tolist(), beams.scores_NK[0].tolist(), strict=True)
         rows = [(row, score) for index, score in found if index >= 0 for row in catalogue.rows_of_index(index)]
         rankings.append([(catalogue.item_id(row), score) for row, score in rows[:N]])
@@ -104,12 +105,38 @@ def test_float32_equals_the_reference(
         assert_same_answer(of_output(output), ranking)
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half of its semantic IDs have tokens; the others' scores are of their codes."""
+    folder = tmp_path_factory.mktemp("scored") / "scored"
+    return make_checkpoint(folder, item_tokens=MOVIES, item_score_weight=0.3)
+
+
+def test_item_scores_equal_the_reference(scored: Path) -> None:
+    expected = reference(scored)
+    for output, ranking in zip(answers(scored, dtype="float32"), expected, strict=True):
+        assert_same_answer(of_output(output), ranking)
+    graphs = answers(scored, dtype="bfloat16", enforce_eager=False)
+    shares = [overlap(of_output(output), ranking) for output, ranking in zip(graphs, expected, strict=True)]
+    print(f"\nwith item scores, graphs in bfloat16 share {sum(shares) / len(shares):.3f} of the top {N} with float32")
+    assert sum(shares) / len(shares) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("dtype", "eager"),
+    [("float32", True), ("float32", False), ("bfloat16", False)],
+    ids=["eager", "graphs", "bfloat16"],
+)
 def test_model_runner_v1_equals_the_reference(
-    checkpoint: Path, expected: list[list[tuple[str, float]]], monkeypatch: pytest.MonkeyPatch, eager: bool
+    checkpoint: Path, expected: list[list[tuple[str, float]]], monkeypatch: pytest.MonkeyPatch, dtype: str, eager: bool
 ) -> None:
     """vLLM takes it where it is told to, and 0.26 wherever any package brings a logits processor."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-    outputs = answers(checkpoint, v1=True, dtype="float32", enforce_eager=eager)
-    for output, ranking in zip(outputs, expected, strict=True):
-        assert_same_answer(of_output(output), ranking)
+    outputs = answers(checkpoint, v1=True, dtype=dtype, enforce_eager=eager)
+    if dtype == "float32":
+        for output, ranking in zip(outputs, expected, strict=True):
+            assert_same_answer(of_output(output), ranking)
+        return
+    shares = [overlap(of_output(output), ranking) for output, ranking in zip(outputs, expected, strict=True)]
+    print(f"\nModel Runner V1 in bfloat16 shares {sum(shares) / len(shares):.3f} of the top {N} with float32")
+    assert sum(shares) / len(shares) > 0.9

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from strategies import key_sets
 
 from nezha_vllm import beam
 from nezha_vllm.draft_head import Beams, DraftHead, Eligible, reference_beam_search
+from nezha_vllm.item_scores import ItemScores
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -27,7 +29,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from nezha_vllm.kernels.order import FINITE, places, threshold  # noqa: E402
 
-from nezha_vllm import triton_search  # noqa: E402
+from nezha_vllm import triton_items, triton_search  # noqa: E402
 from nezha_vllm.search_memory import Workspace, width_bucket  # noqa: E402
 from nezha_vllm.triton_search import ALL, ALL_BUT, Plan  # noqa: E402
 
@@ -60,15 +62,25 @@ class Case:
     widths: list[int]
     stepwise: list[bool]
     rules: list[Eligible | None] | None = None
+    items: ItemScores | None = None
 
     def reference(self) -> Beams:
         widths_N = torch.tensor(self.widths, device=DEVICE)
         stepwise_N = torch.tensor(self.stepwise, device=DEVICE)
-        return reference_beam_search(self.head, self.hidden_NSH, self.keys_M, widths_N, stepwise_N, eligible=self.rules)
+        return reference_beam_search(
+            self.head,
+            self.hidden_NSH,
+            self.keys_M,
+            widths_N,
+            stepwise_N,
+            eligible=self.rules,
+            item_scores=self.items,
+        )
 
     def search(self, left_out: int = 0) -> Beams:
         """Through the kernels; ``left_out`` rows at the end belong to no request."""
-        plan, bucket, count = Plan(self.head, self.keys_M), width_bucket(max(self.widths)), len(self.widths)
+        plan = Plan(self.head, self.keys_M, self.items)
+        bucket, count = width_bucket(max(self.widths)), len(self.widths)
         rows = [self.widths, [int(flag) for flag in self.stepwise], [1] * (count - left_out) + [0] * left_out]
         nothing = [0] * count
         rows += [nothing, nothing, nothing, [-1] * count, nothing]
@@ -89,7 +101,9 @@ def make(
     kind: str = "random",
     seed: int = 0,
     over_catalogue: bool = False,
+    known: float | None = None,
 ) -> Case:
+    """``known``: the share of the catalogue's items that have a token; None for a search without item scores."""
     torch.manual_seed(seed)
     head = DraftHead(hidden, sizes).requires_grad_(False).to(DEVICE)
     head.over_catalogue = over_catalogue
@@ -103,7 +117,19 @@ def make(
     if isinstance(keys, int):
         keys = np.unique(np.random.default_rng(seed).integers(0, math.prod(sizes), keys))
     states = 2 * torch.randn(len(widths), len(sizes) + 1, hidden, device=DEVICE)
-    return Case(head, torch.from_numpy(keys).to(DEVICE), states, widths, stepwise)
+    case = Case(head, torch.from_numpy(keys).to(DEVICE), states, widths, stepwise)
+    if known is not None:
+        case.items = items_of(case, known, seed)
+    return case
+
+
+def items_of(case: Case, share: float, seed: int = 0, dtype: torch.dtype | None = None) -> ItemScores:
+    """Of a model that knows a share of the catalogue's items, and some that the catalogue has not."""
+    rng, keys = np.random.default_rng(1000 + seed), case.keys_M.cpu().numpy()
+    others = np.setdiff1d(rng.integers(0, math.prod(case.head.codebook_sizes), 50), keys)
+    tokens = np.union1d(rng.choice(keys, round(share * len(keys)), replace=False), others)
+    tokens = tokens if len(tokens) else keys[:1]  # a model with item scores has some
+    return search_case.random_items(case.head, torch.from_numpy(tokens), 0.7, dtype)
 
 
 def assert_same(found: Beams, expected: Beams, tolerance: float = TOLERANCE) -> None:
@@ -147,6 +173,68 @@ OVER_CATALOGUE = [
 def test_kernels_equal_the_reference(sizes, keys, widths, stepwise):
     case = make(sizes, keys, widths, stepwise)
     assert_same(case.search(), case.reference())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "keys", "widths", "stepwise", "known"),
+    [(*shape, known) for shape, known in zip(SHAPES, cycle([0.6, 1, 0]), strict=False)],
+    ids=str,
+)
+def test_item_scores_equal_the_reference(sizes, keys, widths, stepwise, known):
+    case = make(sizes, keys, widths, stepwise, known=known)
+    found = case.search()
+    assert_same(found, case.reference())
+    for log_probs_KL, valid in zip(found.log_probs_NKL, found.valid_N.tolist(), strict=True):
+        scores = sum(log_probs_KL[:valid].unbind(1)).tolist()
+        assert scores == sorted(scores, reverse=True), "in the order of what is written out"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_embeddings_of_items_may_be_of_another_type(dtype):
+    case = make((7, 13, 5), 100, [9, 12], [True, False])
+    case.items = items_of(case, 0.5, dtype=dtype)
+    assert_same(case.search(), case.reference())
+
+
+@pytest.mark.parametrize("bits", [1, 5])
+def test_item_tokens_are_found_whatever_the_table(monkeypatch, bits):
+    """Two buckets and thirty-two: the search goes on in what lies below one."""
+    case = make((7, 13, 5), 200, [15], [True], known=0.8)
+    expected = case.search()
+    monkeypatch.setattr(triton_items, "TABLE_BITS", bits)
+    found = case.search()
+    assert torch.equal(found.index_NK, expected.index_NK)
+    assert torch.equal(found.scores_NK, expected.scores_NK)
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_items_of_equal_scores_come_in_order_of_semantic_id(known):
+    """The same vector for all items, whether it is a token's or the sum of their codes'."""
+    case = make((7, 13, 5), 120, [9, 20], [True, False], kind="flat", known=known)
+    assert case.items is not None
+    vectors = case.items.embeddings
+    vectors[7:25] = 0
+    vectors[:7] = vectors[25:] = vectors[0].clone()
+    found, expected = case.search(), case.reference()
+    assert torch.equal(found.index_NK[:, : expected.index_NK.shape[1]], expected.index_NK)
+    for index, valid in zip(found.index_NK.tolist(), found.valid_N.tolist(), strict=True):
+        assert index[:valid] == sorted(index[:valid])
+        assert valid > 0
+
+
+def test_an_item_whose_vector_is_no_number_lets_nothing_in_that_is_no_item():
+    case = make((7, 13, 5), 200, [12, 16], [True, False], known=1)
+    assert case.items is not None
+    expected = case.search()
+    spoilt = int(expected.index_NK[0, 0])
+    at = torch.searchsorted(case.items.keys, case.keys_M[spoilt])
+    case.items.embeddings[case.items.first + at] = torch.nan
+    found = case.search()
+    for request, valid in enumerate(expected.valid_N.tolist()):
+        items, others = found.index_NK[request, :valid].tolist(), expected.index_NK[request, :valid].tolist()
+        assert sorted(items) == sorted(others)
+        if spoilt in others:
+            assert items == [item for item in others if item != spoilt] + [spoilt]
 
 
 @pytest.mark.parametrize("tables", [True, False], ids=["tables", "binary search"])
@@ -204,8 +292,9 @@ def test_rows_left_out_get_nothing():
     assert torch.equal(found.index_NK[:2], expected.index_NK[:2])
 
 
-def test_a_request_without_numbers_gets_nothing_and_disturbs_nobody():
-    case = make((16, 24), 100, [10, 10, 10], [True, True, False])
+@pytest.mark.parametrize("known", [None, 0.5])
+def test_a_request_without_numbers_gets_nothing_and_disturbs_nobody(known):
+    case = make((16, 24), 100, [10, 10, 10], [True, True, False], known=known)
     expected = case.search()
     case.hidden_NSH[1] = torch.nan
     found = case.search()
@@ -222,6 +311,7 @@ def test_any_small_search_equals_the_reference(data):
     stepwise = data.draw(st.lists(st.booleans(), min_size=len(widths), max_size=len(widths)))
     kind = data.draw(st.sampled_from(["random", "flat", "twins"]))
     how = {"kind": kind, "seed": data.draw(st.integers(0, 99)), "over_catalogue": data.draw(st.booleans())}
+    how["known"] = data.draw(st.sampled_from([None, 0, 0.5, 1]))
     case = make(sizes, data.draw(key_sets(sizes, 500)), widths, stepwise, **how)
     assert_same(case.search(), case.reference())
 
@@ -254,12 +344,16 @@ def test_threshold_keeps_the_largest_and_the_first_of_equals(values, wanted, at_
     assert int(kept) == len(best)
 
 
-def test_the_door_takes_the_kernels_and_cuts_large_batches(monkeypatch):
-    case = make((16, 24, 32), 1000, [10, 3, 9, 10, 1], [True, False, True, True, True])
-    search = beam.BeamSearch(case.head, case.keys_M)
+@pytest.mark.parametrize("known", [None, 0.5])
+def test_the_door_takes_the_kernels_and_cuts_large_batches(monkeypatch, known):
+    case = make((16, 24, 32), 1000, [10, 3, 9, 10, 1], [True, False, True, True, True], known=known)
+    search = beam.BeamSearch(case.head, case.keys_M, case.items)
     assert search.plan is not None
     monkeypatch.setattr(triton_search, "MAX_ROWS", 32)  # two requests a launch
     assert_same(search(case.hidden_NSH, case.widths, case.stepwise), case.reference())
+    other = make((16, 24, 32), 300, case.widths, case.stepwise, seed=1)
+    later = Case(case.head, other.keys_M, case.hidden_NSH, case.widths, case.stepwise, items=case.items)
+    assert_same(search.over(later.keys_M)(case.hidden_NSH, case.widths, case.stepwise), later.reference())
 
 
 @pytest.mark.parametrize("tables", [True, False], ids=["tables", "binary search"])
@@ -292,17 +386,18 @@ def test_requests_of_one_launch_search_in_catalogues_of_their_own(monkeypatch, t
 
 
 @pytest.mark.parametrize(
-    ("tables", "over_catalogue"),
-    [(True, False), (False, True)],
-    ids=["tables", "binary search, softmax over the catalogue"],
+    ("tables", "over_catalogue", "known"),
+    [(True, False, None), (False, True, None), (True, True, 0.5)],
+    ids=["tables", "binary search, softmax over the catalogue", "item scores"],
 )
-def test_rules_of_each_request_hold_inside_the_beam(monkeypatch, tables, over_catalogue):
+def test_rules_of_each_request_hold_inside_the_beam(monkeypatch, tables, over_catalogue, known):
     if not GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     if not tables:
         monkeypatch.setattr(triton_search.Plan, "_table", lambda *_: None)
     modes = [True, True, True, False] + [True] * 6
-    case = make((16, 24, 32), 900, [10, 10, 4, 10, 10, 5, 10, 7, 10, 3], modes, over_catalogue=over_catalogue)
+    widths = [10, 10, 4, 10, 10, 5, 10, 7, 10, 3]
+    case = make((16, 24, 32), 900, widths, modes, over_catalogue=over_catalogue, known=known)
     count, rng = len(case.keys_M), np.random.default_rng(1)
 
     def listed(size: int) -> torch.Tensor:
@@ -327,7 +422,7 @@ def test_rules_of_each_request_hold_inside_the_beam(monkeypatch, tables, over_ca
         Eligible(best[best >= 0], only=False, ranks=ranks_of(everything)),
         Eligible(everything[:0], only=False, ranks=ranks_of(everything[:0])),
     ]
-    search = beam.BeamSearch(case.head, case.keys_M)
+    search = beam.BeamSearch(case.head, case.keys_M, case.items)
     assert search.plan is not None
     found, expected = search(case.hidden_NSH, case.widths, case.stepwise, case.rules), case.reference()
     assert_same(found, expected)
@@ -335,10 +430,11 @@ def test_rules_of_each_request_hold_inside_the_beam(monkeypatch, tables, over_ca
     assert found.valid_N.tolist()[6:] == [10, 7, 10, 0]
 
 
-def test_the_measured_search_is_a_search():
+@pytest.mark.parametrize("known", [0, 40])
+def test_the_measured_search_is_a_search(known):
     head = search_case.random_head((16, 8), 64, torch.float32, DEVICE)
     keys = search_case.random_keys(100, 128, DEVICE)
-    plan = Plan(head, keys)
+    plan = Plan(head, keys, search_case.random_items(head, search_case.every(keys, known)) if known else None)
     assert search_case.prefixes(keys, plan) == (16, 100)
     measured = search_case.SearchCase(plan, 3, 10)
     measured()
@@ -359,13 +455,16 @@ def test_the_measured_search_is_a_search():
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_shapes(sizes, keys, widths, hidden, dtype):
+@pytest.mark.parametrize("known", [None, 0.7])
+def test_large_shapes(sizes, keys, widths, hidden, dtype, known):
     """float32 equals the reference; bfloat16 keeps nearly all of the ten best of the same weights in float32."""
     case = make(sizes, keys, widths, [True] * len(widths), hidden=hidden)
+    if known is not None:
+        case.items = items_of(case, known, dtype=dtype)
     case.head, case.hidden_NSH = case.head.to(dtype), case.hidden_NSH.to(dtype)
     found = case.search()
     case.head, case.hidden_NSH = case.head.float(), case.hidden_NSH.float()
-    search = beam.BeamSearch(case.head, case.keys_M)
+    search = beam.BeamSearch(case.head, case.keys_M, case.items)
     search.plan, search.code_drives = None, case.head.code_drives()
     expected = search(case.hidden_NSH, widths, case.stepwise)
     if dtype == torch.float32:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 from answers import Ranking, assert_same_answer, of_completion, of_output
-from conftest import MOVIES, serving, start
+from conftest import MOVIES, in_process, make_checkpoint, serving, start
 from test_engine import N, ask, prompt_of
 from test_metrics import scrape
 from test_startup import configure
@@ -97,10 +97,13 @@ def test_api_processes_accept_only_the_catalogue_of_the_engines(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_list_of_cores")
-def test_tensor_parallel_workers_answer_as_one(llm: LLM, checkpoint: Path) -> None:
-    prompts = [prompt_of(length, checkpoint) for length in LENGTHS]
-    expected = ask(llm, prompts)
-    two = start(checkpoint, tensor_parallel_size=2)
+def test_tensor_parallel_workers_answer_as_one(tmp_path: Path) -> None:
+    """With item scores, for which each worker gathers all rows of the embeddings."""
+    folder = make_checkpoint(tmp_path / "scored", item_tokens=500, item_score_weight=0.5)
+    prompts = [prompt_of(length, folder) for length in LENGTHS]
+    with in_process(folder) as one:
+        expected = ask(one, prompts)
+    two = start(folder, tensor_parallel_size=2)
     found = ask(two, prompts)
     two.llm_engine.engine_core.shutdown()
     for output, other in zip(found, expected, strict=True):

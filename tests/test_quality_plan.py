@@ -218,9 +218,9 @@ def test_a_wrong_plan_says_where(change, said, tmp_path):
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("quality.toml", 6 + (5 * 3 * (8 + 1) + 2 * 3 * 3 + 2 + 1) + 6 + 6),
-        ("quality-search.toml", 49 + 127),
-        ("quality-items.toml", 15 + 96),
+        ("quality.toml", 6 + (5 * 3 * (10 + 1) + 2 * 3 * 3 + 2 + 1) + 6 + 6),
+        ("quality-search.toml", 49 + 97),
+        ("quality-items.toml", 15 + 94),
         ("quality-curves.toml", 3 + 3),
     ],
 )
@@ -328,10 +328,10 @@ def test_gains_are_over_the_base_of_the_same_sequences(tmp_path, capsys):
     plan = ROOT / "benchmarks" / "plans" / "quality-search.toml"
     figures = {
         "beauty-file-order/base": 0.04,
-        "beauty-file-order/head-item": 0.05,
+        "beauty-file-order/head-dropout-0.3": 0.05,
         "beauty-letter/base": 0.042,
         "scientific/base": 0.06,
-        "scientific/head-item": 0.063,
+        "scientific/head-dropout-0.3": 0.063,
     }
     names = [job.name for job in runs(Plan.load(plan), Places(Path(), Path(), Path()))]
     lines = ["run,dataset,data_hash,split,method,config,seed,validity,ndcg@10"]
@@ -344,6 +344,6 @@ def test_gains_are_over_the_base_of_the_same_sequences(tmp_path, capsys):
     (tmp_path / "results.csv").write_text("\n".join(lines))
     assert quality_gains.main([str(plan), "--results", str(tmp_path / "results.csv")]) == 0
     found = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
-    assert ["head-item", "NEZHA", "+25.0", "+5.0", "+15.0"] in found
+    assert ["head-dropout-0.3", "NEZHA", "+25.0", "+5.0", "+15.0"] in found
     assert ["beauty-letter, base", "NEZHA", "+5.0", "", "+5.0"] in found
     assert len(found) == 4

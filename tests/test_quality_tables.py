@@ -20,7 +20,7 @@ def result(
     run, minute, seconds=60.0, trained=None, dataset="beauty-file-order", method="NEZHA", seed=0, hit=0.1, **more
 ):
     config = {"family": "llama", "layers": 2, "hidden": 8, "epochs": 3, "method": method, "parameters": 7}
-    config |= {"item_tokens": 5, **more}
+    config |= {"item_tokens": 5, "item_score_weight": 1.0, **more}
     config |= {"train_seconds": trained} if trained else {}
     row = {
         "run": run,

@@ -42,8 +42,9 @@ tokenize = ["--codes", "6"]
 [datasets.other-index]
 prepare = []
 """
-WITH, PLAIN = {"item_tokens": 100, "softmax": "codes"}, {"item_tokens": 0, "softmax": "codes"}
-OVER_CATALOGUE = {"item_tokens": 100, "softmax": "catalogue"}
+WITH: dict[str, object] = {"item_tokens": 100, "item_score_weight": 2.0, "softmax": "codes"}
+CODES, PLAIN = WITH | {"item_score_weight": 0.0}, {"item_tokens": 0, "softmax": "codes"}
+OVER_CATALOGUE = WITH | {"softmax": "catalogue"}
 OLD: Mapping[str, object] = {}  # from before there was a choice
 NOWHERE = Places(Path(), Path(), Path())
 
@@ -151,6 +152,13 @@ def test_options_of_a_method_that_the_plan_does_not_train_are_refused(plan, name
     [
         ("NEZHA", WITH, {}, "NEZHA"),
         ("NEZHA", PLAIN, {}, "NEZHA, no item tokens"),
+        ("NEZHA", CODES, {}, "NEZHA, no item scores"),
+        (
+            "NEZHA",
+            {"item_tokens": 100, "softmax": "catalogue"},
+            {},
+            "NEZHA, no item scores, softmax over the catalogue",
+        ),
         ("NEZHA", OLD, {}, "NEZHA, no item tokens"),
         ("NEZHA", OVER_CATALOGUE, {}, "NEZHA, softmax over the catalogue"),
         (

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.hf.backbones import tiny_shape
 from nezha_vllm.hf.checkpoint import scratch_config
 from nezha_vllm.hf.modeling import NezhaLlamaForCausalLM
-from nezha_vllm.training.item_loss import ItemLoss
 from nezha_vllm.training.options import TrainingOptions
 from nezha_vllm.training.regularise import add_dropout, add_head_dropout, tie_codes
 from nezha_vllm.training.trainer import parameter_groups
@@ -87,18 +84,3 @@ def test_weights_of_levels_weigh_their_losses(model):
     model.level_weights = (3.0, 1.0, 1.0)
     expected = (3 * single[0] + single[1] + single[2]) / 5
     torch.testing.assert_close(model._loss(logits, codes_NL, counts), expected)
-
-
-def test_the_loss_over_items_is_the_cross_entropy_of_the_right_item(model):
-    codes = np.array([[3, 0, 1], [0, 2, 2], [1, 1, 1], [0, 2, 3]])
-    catalogue = Catalogue.build(list("abcd"), codes, [4, 4, 4])
-    item_loss = ItemLoss(model.config, catalogue, 0.5)
-    hidden_VH, embeddings = torch.randn(5, 64), model.model.embed_tokens.weight
-    order = [1, 3, 2, 0]  # of the semantic IDs
-    tokens = torch.from_numpy(codes[order]) + torch.tensor(model.config.code_token_offsets)
-    items_IH = item_loss.own + embeddings[tokens].sum(1)
-    target_V = torch.tensor([2, 0, 1, 3])
-    labels_VL = torch.tensor([*codes[[order[target] for target in target_V]].tolist(), [0, 0, 0]])
-    counts_V = torch.tensor([True] * 4 + [False])
-    found = item_loss(hidden_VH, embeddings, labels_VL, counts_V)
-    torch.testing.assert_close(found, 0.5 * torch.nn.functional.cross_entropy(hidden_VH[:4] @ items_IH.T, target_V))

@@ -53,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--head-dropout", float, "head_dropout", "dropout of code embeddings and of what the heads' outputs read")
     option("--label-smoothing", float, "label_smoothing", "share of the loss spread over all codes")
     option("--average", float, "average", "decay a step of averaged weights, which are what is kept; 0: none")
-    option("--item-loss", float, "item_loss", "weight of a loss over all items beside that of their codes")
+    option(
+        "--item-loss",
+        float,
+        "item_loss",
+        "weight of a loss over items with tokens, whose scores then count beside their codes; 0: codes alone",
+    )
     parser.add_argument(
         "--level-weights", type=_weights, metavar="W,W,…", help="of the levels' losses, relative (default equal)"
     )
@@ -141,5 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
         seconds = round(time.perf_counter() - started, 1)
         save_trained(out, model, tokenizer, catalogue, dtype, options, seconds, trainer.validations)
         shutil.rmtree(run_folder, ignore_errors=True)
+        if model.config.num_item_tokens:
+            console.print(f"item scores count {model.config.item_score_weight:g} times, by the validation items")
         console.print(f"checkpoint -> {out}")
     return 0

@@ -168,9 +168,10 @@ def set_gpu_defaults(vllm_config: VllmConfig) -> None:
     if scheduler.max_num_seqs > MAX_REQUESTS:
         logger.info("NEZHA: max_num_seqs %d becomes %d", scheduler.max_num_seqs, MAX_REQUESTS)
         scheduler.max_num_seqs = MAX_REQUESTS
-    # FlashAttention 3 can be captured whatever the lengths; elsewhere vLLM would turn full graphs off for prefills
-    hopper = current_platform.is_device_capability(90)
+    # FlashAttention 3, which is for 16 bits, can be captured whatever the lengths; elsewhere vLLM would turn full
+    # graphs off for prefills, and with float32's attention Model Runner V1 ends in an illegal memory access
     model = vllm_config.model_config
+    hopper = current_platform.is_device_capability(90) and model.dtype.itemsize == 2
     optimised = getattr(vllm_config, "optimization_level", 2) != 0
     if hopper and optimised and compilation.cudagraph_mode is None and not model.enforce_eager:
         compilation.cudagraph_mode = CUDAGraphMode.FULL

@@ -113,7 +113,7 @@ class DraftGraphs:
             if collecting:
                 gc.enable()
         # what the graphs read of the head; the arrays of the catalogue may go before them
-        self._head = [plan.weights, *plan.code_drives, plan.few_tiles, plan.tiles]
+        self._head = [plan.weights, *plan.code_drives, plan.few_tiles, plan.tiles, plan.items]
 
     def put(self, plan: Plan, ranks: Tensor | None) -> int:
         """Let graphs search in another catalogue, too; its place. Steps in flight do not look there."""

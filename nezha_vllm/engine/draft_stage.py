@@ -20,6 +20,7 @@ from nezha_vllm.engine.settings import ServerSettings, workers_here
 from nezha_vllm.engine.stage_clock import StageClock, recorded_event, seconds_between, timed
 from nezha_vllm.engine.versions import Versions
 from nezha_vllm.generation import FIRST, Generation
+from nezha_vllm.item_scores import ItemScores
 from nezha_vllm.segment_ranks import Places
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Search:
 class DraftStage:
     """Runs the beam search over the catalogue that the server's settings name."""
 
-    def __init__(self, head: DraftHead, vllm_config: VllmConfig) -> None:
+    def __init__(self, head: DraftHead, vllm_config: VllmConfig, item_scores: ItemScores | None) -> None:
         self.settings = settings = ServerSettings.from_vllm(vllm_config)
         keys = load_keys(settings.start_folder)
         settings.check_version(keys.version)
@@ -88,7 +89,7 @@ class DraftStage:
         self.device = head.logit_heads[0].weight.device
         self.clock = StageClock(on_gpu=self.device.type == "cuda")
         self.workers_here = workers_here(vllm_config.parallel_config)
-        first = Searched(BeamSearch(head, torch.from_numpy(keys.keys).to(self.device)), keys)
+        first = Searched(BeamSearch(head, torch.from_numpy(keys.keys).to(self.device), item_scores), keys)
         self.versions = Versions(first, self._read)
         self.graphs: DraftGraphs | None = None
         plan = first.beam_search.plan

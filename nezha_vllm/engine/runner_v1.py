@@ -41,7 +41,8 @@ class NezhaRunnerMixin:
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
-        self.draft_stage = DraftStage(self.model.draft_head, self.vllm_config)  # type: ignore[attr-defined]
+        model, config = self.model, self.vllm_config  # type: ignore[attr-defined]
+        self.draft_stage = DraftStage(model.draft_head, config, model.item_scores())
         self.sampler = _SamplerV1(self, self.draft_stage)  # type: ignore[arg-type]
 
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

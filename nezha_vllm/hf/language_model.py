@@ -12,6 +12,7 @@ from nezha_vllm.draft_head import Beams, among, finish, gather_beams, has_key, s
 
 if TYPE_CHECKING:
     from nezha_vllm.hf.modeling import NezhaLlamaForCausalLM, NezhaQwen3ForCausalLM
+    from nezha_vllm.item_scores import ItemScores
 
 MAX_SCORES = 1 << 24  # elements of one [N, K, V] tensor of log-probabilities; batches beyond are searched in slices
 NO_KEY = -1  # of a beam with a token that is no code of its level
@@ -24,6 +25,7 @@ def language_model_beam_search(
     keys_M: Tensor,
     width: int,
     stepwise: bool,
+    item_scores: ItemScores | None = None,
 ) -> Beams:
     """The best semantic IDs behind prompts [N, Q], padded on the left, by the sum of their tokens' log-probabilities.
 
@@ -34,7 +36,9 @@ def language_model_beam_search(
     """
     step = max(1, MAX_SCORES // (width * model.config.first_item_token))
     slices = [slice(start, start + step) for start in range(0, len(input_ids), step)]
-    parts = [_search(model, input_ids[part], attention_mask[part], keys_M, width, stepwise) for part in slices]
+    parts = [
+        _search(model, input_ids[part], attention_mask[part], keys_M, width, stepwise, item_scores) for part in slices
+    ]
     names = "index_NK", "log_probs_NKL", "scores_NK", "drafted_N", "valid_N"
     return Beams(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
@@ -47,6 +51,7 @@ def _search(
     keys_M: Tensor,
     width: int,
     stepwise: bool,
+    item_scores: ItemScores | None,
 ) -> Beams:
     config, device, count = model.config, input_ids_NQ.device, len(input_ids_NQ)
     widths_N = torch.full((count,), width, device=device)
@@ -58,6 +63,7 @@ def _search(
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state[:, -1:]
+    first_NH = hidden_NBH[:, 0]
     key_NB = torch.zeros(count, 1, dtype=torch.long, device=device)
     score_NB = torch.zeros(count, 1, device=device)
     history_NBL = torch.zeros(count, 1, 0, device=device)
@@ -97,4 +103,4 @@ def _search(
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-    return finish(key_NB, score_NB, history_NBL, keys_M, ())
+    return finish(key_NB, score_NB, history_NBL, keys_M, (), item_scores, first_NH)

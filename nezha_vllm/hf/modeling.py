@@ -23,6 +23,7 @@ from nezha_vllm.ablations import HEADS, WITHOUT_PLACEHOLDERS
 from nezha_vllm.config import AUTOREGRESSIVE, NezhaConfig, NezhaLlamaConfig, NezhaQwen3Config, register_configs
 from nezha_vllm.draft_head import among_items
 from nezha_vllm.hf.recommend import Recommendation, recommend
+from nezha_vllm.item_scores import ItemScores
 from nezha_vllm.item_tokens import KEYS, ItemTokens, checked
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class _NezhaMixin(PreTrainedModel):
         logits = self.code_log_probs(hidden_VSH, labels_VL)
         loss = self._loss(logits, labels_VL, counts_V)
         if self.item_loss is not None:
-            loss = loss + self.item_loss(hidden_VSH[:, 0], self.model.embed_tokens.weight, labels_VL, counts_V)
+            loss = loss + self.item_loss(hidden_VSH[:, 0], self.item_vectors(), labels_VL, counts_V)
         return NezhaOutput(loss, tuple(logits), hidden_NPSH)
 
     def embedded(self, ids: Tensor) -> Tensor:
@@ -144,6 +145,26 @@ class _NezhaMixin(PreTrainedModel):
             return None
         config: Any = self.config
         return checked(getattr(self, KEYS).cpu().numpy(), config, "this checkpoint")
+
+    def item_vectors(self) -> Tensor:
+        """Embeddings [I, H] of item tokens."""
+        if self.item_embeddings is not None:
+            return self.item_embeddings.rows()
+        return self.model.embed_tokens.weight[self.config.first_item_token :]
+
+    @property
+    def item_scores(self) -> ItemScores | None:
+        """What its searches put beams in order by, beside log-probabilities; with the weights of now."""
+        return self.item_scores_of(self.config.item_score_weight) if self.config.item_score_weight else None
+
+    @torch.no_grad()
+    def item_scores_of(self, weight: float) -> ItemScores:
+        """The same with any weight."""
+        assert self.item_tokens is not None, "scores of items are products with the vectors of their tokens"
+        embeddings = self.model.embed_tokens.weight
+        if self.item_embeddings is not None:
+            embeddings = torch.cat([embeddings, self.item_embeddings.rows()])
+        return ItemScores(self.item_tokens, embeddings.detach(), weight)
 
     @torch.no_grad()
     def settle_item_tokens(self) -> None:
@@ -245,6 +266,10 @@ class _NezhaMixin(PreTrainedModel):
         Prompts of the language model end with all codes of the target but the last, and S is L.
         """
         return self(input_ids, attention_mask).hidden_states[:, 0]
+
+    def first_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """h_0 [N, H] of prompts as they are served, [N, Q]."""
+        return self.hidden_states_for(input_ids, attention_mask)[:, -1 if self.config.method == AUTOREGRESSIVE else 0]
 
     def recommend(
         self,

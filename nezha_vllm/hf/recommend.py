@@ -108,10 +108,11 @@ def searcher(
     if validity not in VALIDITY_MODES:
         raise ValueError(f"validity is {validity!r}, must be one of {VALIDITY_MODES}")
     keys_M, stepwise = torch.from_numpy(catalogue.keys.copy()).to(model.device), validity == "stepwise"
+    item_scores = model.item_scores
     if config.method == AUTOREGRESSIVE:
-        return lambda ids, mask: language_model_beam_search(model, ids, mask, keys_M, width, stepwise)
+        return lambda ids, mask: language_model_beam_search(model, ids, mask, keys_M, width, stepwise, item_scores)
     with torch.no_grad():
-        beam_search = BeamSearch(model.draft_head, keys_M)
+        beam_search = BeamSearch(model.draft_head, keys_M, item_scores)
 
     def search_batch(input_ids: Tensor, attention_mask: Tensor) -> Beams:
         hidden_NSH = model.hidden_states_for(input_ids, attention_mask)

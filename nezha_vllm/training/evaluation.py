@@ -14,7 +14,7 @@ from torch import Tensor
 from nezha_vllm.config import AUTOREGRESSIVE
 from nezha_vllm.hf.prompt import history_prompts
 from nezha_vllm.hf.recommend import item_ids, pad_left, searcher
-from nezha_vllm.training.metrics import CUTOFFS, UNRANKED, ranks_of
+from nezha_vllm.training.metrics import CUTOFFS, UNRANKED, ndcg, ranks_of
 
 if TYPE_CHECKING:
     from nezha_vllm.catalogue import Catalogue
@@ -161,14 +161,35 @@ class HeldOut:
         ranks = np.full(len(self.targets), UNRANKED)
         find = searcher(model, self.catalogue, beam_width, kernels=False)  # they take longer to compile than to run
         for part, ids_NQ, mask_NQ in self._batches(model.device):
-            best_NK = find(ids_NQ, mask_NQ).index_NK[:, : max(CUTOFFS)]
-            best_NK = best_NK.cpu().numpy()
-            hit_NK = best_NK == self.semantic_ids[part][:, None]
-            # all items of the IDs before come first, then those of its own ID that precede it
-            before_NK = np.cumsum(self.shared_by[best_NK], axis=1) - self.shared_by[best_NK]
-            place_N = (before_NK * hit_NK).sum(1) + self.turns[part]
-            ranks[part] = np.where(hit_NK.any(1) & (place_N < max(CUTOFFS)), place_N, UNRANKED)
+            ranks[part] = self._ranks(part, find(ids_NQ, mask_NQ).index_NK)
         return ranks
+
+    @torch.no_grad()
+    def ndcg_by_weight(self, model: NezhaModel, beam_width: int, weights: Sequence[float]) -> dict[float, float]:
+        """NDCG@10 with each of these weights of item scores, from one search; the model's configuration has none."""
+        model.eval()
+        ranks = {weight: np.full(len(self.targets), UNRANKED) for weight in weights}
+        find, item_scores = searcher(model, self.catalogue, beam_width, kernels=False), model.item_scores_of(1.0)
+        self.keys_M = self.keys_M.to(model.device)
+        for part, ids_NQ, mask_NQ in self._batches(model.device):
+            beams, first_NH = find(ids_NQ, mask_NQ), model.first_hidden(ids_NQ, mask_NQ)
+            request_X, beam_X = (beams.index_NK >= 0).nonzero(as_tuple=True)
+            added_NK = torch.zeros_like(beams.scores_NK)
+            keys_X = self.keys_M[beams.index_NK[request_X, beam_X]]
+            added_NK[request_X, beam_X] = item_scores(first_NH[request_X], keys_X)
+            for weight in weights:
+                order_NK = (beams.scores_NK + weight * added_NK).argsort(dim=1, descending=True, stable=True)
+                ranks[weight][part] = self._ranks(part, beams.index_NK.gather(1, order_NK))
+        return {weight: ndcg(found, 10) for weight, found in ranks.items()}
+
+    def _ranks(self, part: np.ndarray, index_NK: Tensor) -> np.ndarray:
+        """Of the targets of these rows in their beams, where all items of an ID come out."""
+        best_NK = index_NK[:, : max(CUTOFFS)].cpu().numpy()
+        hit_NK = best_NK == self.semantic_ids[part][:, None]
+        # all items of the IDs before come first, then those of its own ID that precede it
+        before_NK = np.cumsum(self.shared_by[best_NK], axis=1) - self.shared_by[best_NK]
+        place_N = (before_NK * hit_NK).sum(1) + self.turns[part]
+        return np.where(hit_NK.any(1) & (place_N < max(CUTOFFS)), place_N, UNRANKED)
 
     def _batches(self, device: torch.device) -> list[tuple[np.ndarray, Tensor, Tensor]]:
         if self.batches and self.batches[0][1].device != device:

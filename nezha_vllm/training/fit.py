@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainingArguments
 
+from nezha_vllm.item_scores import WEIGHTS
 from nezha_vllm.training.averages import FILE, Averages
 from nezha_vllm.training.evaluation import HeldOut
 from nezha_vllm.training.graphs import fuse_norms
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 GPU_ROWS = 8  # rows of a batch come in multiples, so that few shapes occur (see StepGraphs)
 VALIDATION_BEAMS = 10  # the ten best need no more, and it runs every epoch
+ITEM_SCORE_BEAMS = 50  # they need some to choose from
 
 
 def codes_of(sequences: Sequence[Sequence[str]], catalogue: Catalogue) -> list[Tensor]:
@@ -54,6 +56,7 @@ def fit(
     """Train ``model`` in place on ``split.train``; it ends with the weights that validated best.
 
     Args:
+        split: its validation items also choose what item scores count beside codes, ``config.item_score_weight``.
         run_folder: where the Trainer keeps its checkpoints. If one of the same run is there, training goes on from it;
             one of another run is removed. The caller removes the folder when the result is safe.
     """
@@ -87,8 +90,9 @@ def fit(
         tie_codes(model, options.tie_codes)
     if model.config.softmax == "catalogue":
         model.keys_M = torch.from_numpy(catalogue.keys.copy()).to(device)
-    if options.item_loss:
-        model.item_loss = ItemLoss(model.config, catalogue, options.item_loss, options.seed).to(device)
+    model.config.item_score_weight = 0.0  # until the weight is chosen, at the end
+    if options.item_loss and model.item_tokens is not None:
+        model.item_loss = ItemLoss(model.item_tokens, options.item_loss).to(device)
 
     ask: dict[str, Any] = {"max_history": options.max_history, "prefix": prefix, "item_tokens": model.item_tokens}
     valid = HeldOut(model.config, catalogue, split.valid_history, split.valid_target, **ask)
@@ -96,7 +100,12 @@ def fit(
     def validate() -> dict[str, float]:
         with averages.used() if averages else nullcontext():
             model.copy_tied_codes()
-            return {"loss": valid.loss(model), "ndcg@10": ndcg(valid.ranks(model, VALIDATION_BEAMS), 10)}
+            return {"loss": valid.loss(model), "ndcg@10": best_ndcg()}
+
+    def best_ndcg() -> float:
+        if model.item_loss is None:
+            return ndcg(valid.ranks(model, VALIDATION_BEAMS), 10)
+        return max(valid.ndcg_by_weight(model, ITEM_SCORE_BEAMS, (0.0, *WEIGHTS)).values())
 
     trainer = NezhaTrainer(
         options,
@@ -124,8 +133,10 @@ def fit(
         averages.load(trainer.state.best_model_checkpoint)
         averages.put()
     model.copy_tied_codes()
+    if model.item_loss is not None:
+        found = valid.ndcg_by_weight(model, ITEM_SCORE_BEAMS, (0.0, *WEIGHTS))
+        model.config.item_score_weight, model.item_loss = max(found, key=lambda weight: found[weight]), None
     model.settle_item_tokens()
-    model.item_loss = None
     return trainer
 
 

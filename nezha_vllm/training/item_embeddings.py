@@ -50,7 +50,9 @@ class ItemEmbeddings(nn.Module):
             rows = rows + F.embedding(codes_I[item], weight_VH)
         return torch.where(known, rows, F.embedding(ids.clamp(max=first - 1), weight_VH))
 
-    @torch.no_grad()
     def rows(self) -> Tensor:
         """Embeddings [I, H] of all item tokens."""
-        return F.embedding(self.codes, self.embed_tokens[0].weight).sum(-2) + self.own.weight
+        rows = self.own.weight
+        for codes_I in self.codes.T:
+            rows = rows + F.embedding(codes_I, self.embed_tokens[0].weight)
+        return rows

@@ -12,7 +12,8 @@ class TrainingOptions:
     ``item_tokens``: of the most frequent items, at most, see ``nezha_vllm.item_tokens``; 0 for none, and a checkpoint
     that is trained on keeps its own. ``item_token_dropout``: see ``packing``.
     ``level_weights``: of the levels' losses, empty for equal ones. ``tie_codes``: see ``regularise.tie_codes``;
-    ``item_loss``: weight of the loss in ``item_loss``; ``average``: decay a step of averaged weights, 0 for none.
+    ``item_loss``: weight of the loss of items that have a token, see ``nezha_vllm.item_scores``;
+    ``average``: decay a step of averaged weights, 0 for none.
     """
 
     epochs: int = 14
@@ -30,7 +31,7 @@ class TrainingOptions:
     label_smoothing: float = 0.0
     level_weights: tuple[float, ...] = ()
     tie_codes: str = ""
-    item_loss: float = 0.0
+    item_loss: float = 0.3
     average: float = 0.0
     patience: int = 0
     validate_every: int = 1

@@ -108,6 +108,7 @@ def save_trained(
         "method": model.config.method,
         "softmax": model.config.softmax,
         "item_tokens": model.config.num_item_tokens,
+        "item_score_weight": model.config.item_score_weight,
         "family": next(name for name, kind in CONFIG_CLASSES.items() if isinstance(model.config, kind)),
         "hidden": model.config.hidden_size,
         "layers": model.config.num_hidden_layers,
