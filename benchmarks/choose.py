@@ -68,13 +68,13 @@ def _release(version: str) -> list[int]:
 def newest(rows: Iterable[Row]) -> list[Row]:
     """The last row of each key, oldest first. Rates of an open loop come from one commit, the last one's.
 
-    Settings belong to the key where rows of one run differ in them, as those of ``validity`` do.
+    Settings belong to the key where rows of one run differ in them: those of ``validity``, and kernels with item scores.
     """
     found: dict[tuple[object, ...], Row] = {}
     commits: dict[tuple[object, ...], str] = {}
     for row in sorted(rows, key=lambda row: row.date):
         key = tuple(getattr(row, name) for name in KEY)
-        if row.benchmark == "validity":
+        if row.benchmark in ("validity", "kernels"):
             key += (row.settings,)
         found.pop(key, None)
         found[key] = row

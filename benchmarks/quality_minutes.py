@@ -65,7 +65,7 @@ def _spans(results: Sequence[Result]) -> list[Span]:
         spans.append(Span((run, EVALUATION), gpu, begin, end))
         for one in rows:
             seconds = one.config.get("train_seconds")
-            kind = [one.config.get(name) for name in ("method", "item_tokens", "softmax")]
+            kind = [one.config.get(name) for name in ("method", "item_tokens", "item_loss", "softmax")]
             mark = one.dataset, one.model, *kind, one.seed, seconds
             if seconds and mark not in trained:
                 trained.add(mark)

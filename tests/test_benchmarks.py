@@ -236,6 +236,14 @@ def test_the_readme_has_the_default_server_beside_stock_vllm(tmp_path):
     assert make_tables(tmp_path)["summary"] == SUMMARY
 
 
+def test_kernels_with_item_scores_take_the_place_of_none_without(tmp_path):
+    where = {"benchmark": "kernels", "system": "triton", "part": "draft stage", "beam_width": 512, "concurrency": 1}
+    append("kernels", row(**where, us=123.0, cold_us=130.0, date="2026-01-01"), tmp_path)
+    append("kernels", row(**where, us=456.0, cold_us=460.0, settings="9 item tokens", date="2026-01-02"), tmp_path)
+    assert "| 123.0 |" in make_tables(tmp_path)["kernels"]
+    assert "456" not in make_tables(tmp_path)["kernels"]
+
+
 def test_one_run_has_nezha_and_stock_vllm_under_one_name(tmp_path):
     ours = {"system": "nezha", "beam_width": 10, "n": 10, "p50_ms": 2.0, "prompt_tokens": 128, "date": "2026-01-03"}
     stock = ours | {"system": "vllm-beam", "p50_ms": 20.0}

@@ -20,7 +20,7 @@ def result(
     run, minute, seconds=60.0, trained=None, dataset="beauty-file-order", method="NEZHA", seed=0, hit=0.1, **more
 ):
     config = {"family": "llama", "layers": 2, "hidden": 8, "epochs": 3, "method": method, "parameters": 7}
-    config |= {"item_tokens": 5, "item_score_weight": 1.0, **more}
+    config |= {"item_tokens": 5, "item_loss": 0.3, "item_score_weight": 1.0, **more}
     config |= {"train_seconds": trained} if trained else {}
     row = {
         "run": run,
@@ -46,6 +46,7 @@ def test_a_shared_gpu_is_divided_among_those_at_work():
         result("c", 10, trained=60, seed=2, gpu="1"),  # on another GPU
         result("d", 10, trained=60, seed=3, device="cpu"),
         result("e", 30, trained=120, seed=1, item_tokens=0),  # b's seconds, but another training
+        result("f", 40, trained=120, seed=1, item_loss=0.0),
     ]
     minutes = gpu_minutes(rows)
     assert minutes["a", TRAINING] == pytest.approx(2 + 2 / 2)
@@ -53,7 +54,7 @@ def test_a_shared_gpu_is_divided_among_those_at_work():
     assert minutes["a", EVALUATION] == minutes["b", EVALUATION] == pytest.approx(1 / 2)
     assert minutes["b-final", EVALUATION] == pytest.approx(1)
     assert ("b-final", TRAINING) not in minutes
-    assert minutes["e", TRAINING] == pytest.approx(2)
+    assert minutes["e", TRAINING] == minutes["f", TRAINING] == pytest.approx(2)
     assert minutes["c", TRAINING] == pytest.approx(1)
     assert not total(minutes, ["d"])
     assert total(minutes, ["a", "b"]) == pytest.approx(5)

@@ -42,8 +42,9 @@ tokenize = ["--codes", "6"]
 [datasets.other-index]
 prepare = []
 """
-WITH: dict[str, object] = {"item_tokens": 100, "item_score_weight": 2.0, "softmax": "codes"}
-CODES, PLAIN = WITH | {"item_score_weight": 0.0}, {"item_tokens": 0, "softmax": "codes"}
+WITH: dict[str, object] = {"item_tokens": 100, "item_loss": 0.3, "item_score_weight": 2.0, "softmax": "codes"}
+CODES = WITH | {"item_loss": 0.0, "item_score_weight": 0.0}
+PLAIN = {"item_tokens": 0, "item_loss": 0.3, "item_score_weight": 0.0, "softmax": "codes"}
 OVER_CATALOGUE = WITH | {"softmax": "catalogue"}
 OLD: Mapping[str, object] = {}  # from before there was a choice
 NOWHERE = Places(Path(), Path(), Path())
@@ -153,9 +154,10 @@ def test_options_of_a_method_that_the_plan_does_not_train_are_refused(plan, name
         ("NEZHA", WITH, {}, "NEZHA"),
         ("NEZHA", PLAIN, {}, "NEZHA, no item tokens"),
         ("NEZHA", CODES, {}, "NEZHA, no item scores"),
+        ("NEZHA", WITH | {"item_score_weight": 0.0}, {}, "NEZHA"),  # by the validation items
         (
             "NEZHA",
-            {"item_tokens": 100, "softmax": "catalogue"},
+            {"item_tokens": 100, "item_loss": 0.3, "softmax": "catalogue"},
             {},
             "NEZHA, no item scores, softmax over the catalogue",
         ),
