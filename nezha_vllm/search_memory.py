@@ -34,6 +34,15 @@ class Geometry:
         return self.groups * self.fan * self.fan
 
 
+def tiles_of(parts: Sequence[tuple[int, int, int, int, int]], height: int) -> list[list[int]]:
+    """Parts of the weights (first row, rows, state, state added or -1, first column) in lines of ``height`` rows."""
+    return [
+        [row + start, min(height, rows - start), state, added, column + start]
+        for row, rows, state, added, column in parts
+        for start in range(0, rows, height)
+    ]
+
+
 @dataclass
 class BeamRows:
     counts: Tensor

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from nezha_vllm.draft_head import DraftHead
 from nezha_vllm.kernels.linear import beam_products, context_states, few_request_products, request_products
 from nezha_vllm.kernels.score import score_children
 from nezha_vllm.kernels.select import select_beams
-from nezha_vllm.search_memory import FANS, BeamRows, Geometry, Workspace
+from nezha_vllm.search_memory import FANS, BeamRows, Geometry, Workspace, tiles_of
 from nezha_vllm.semantic_id import SemanticIdCodec
 from nezha_vllm.triton_items import ItemKernels
 
@@ -96,7 +95,7 @@ class Plan:
                 weight_row += hidden_size
         self.root_columns = column
         self.few_tiles, self.tiles = (
-            torch.tensor(_tiles(parts, height), dtype=torch.int32, device=self.weights.device)
+            torch.tensor(tiles_of(parts, height), dtype=torch.int32, device=self.weights.device)
             for height in (FEW_TILE, TILE)
         )
 
@@ -390,12 +389,3 @@ def _lower_bounds(keys_M: Tensor, num_prefixes: int, suffix: int) -> Tensor:
         torch.searchsorted(keys_M, lows, out_int32=True, out=bounds[start:end])
     bounds[-1] = len(keys_M)
     return bounds
-
-
-def _tiles(parts: Sequence[tuple[int, int, int, int, int]], height: int) -> list[list[int]]:
-    """Parts of the weights (first row, rows, state, state added or -1, first column) in lines of ``height`` rows."""
-    return [
-        [row + start, min(height, rows - start), state, added, column + start]
-        for row, rows, state, added, column in parts
-        for start in range(0, rows, height)
-    ]
