@@ -68,7 +68,7 @@ def _release(version: str) -> list[int]:
 def newest(rows: Iterable[Row]) -> list[Row]:
     """The last row of each key, oldest first. Rates of an open loop come from one commit, the last one's.
 
-    Settings belong to the key where rows of one run differ in them: those of ``validity``, and kernels with item scores.
+    Settings belong to the key where rows of one run differ in them: of ``validity``, and of kernels with item scores.
     """
     found: dict[tuple[object, ...], Row] = {}
     commits: dict[tuple[object, ...], str] = {}

@@ -77,7 +77,7 @@ def _method(row: Mapping[str, str], config: Mapping[str, Any]) -> str:
     name = UNVERIFIED if row["method"] == OURS and row["validity"] == "final" else row["method"]
     if "family" not in config:
         return name
-    # a weight of 0 that the validation items chose is a result, not a variant; before there was one, the loss was another
+    # a weight of 0 that validation chose is a result, not a variant; before there was one, the loss was another
     scored = config.get("item_loss") and "item_score_weight" in config
     name += NO_TOKENS if not config.get("item_tokens") else "" if scored else NO_SCORES
     return name + (OVER_CATALOGUE if config.get("softmax") == "catalogue" else "")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Item:
-    """One choice of an answer; ``score`` is the natural logarithm of the item's probability."""
+    """One choice of an answer; ``score`` is what items are ordered by, see docs/http-api.md."""
 
     item_id: str
     score: float

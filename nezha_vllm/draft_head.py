@@ -240,7 +240,8 @@ def finish(
     if item_scores is not None:
         request_X, beam_X = valid_NK.nonzero(as_tuple=True)
         log_probs_NKL[request_X, beam_X, -1] += item_scores(first_NH[request_X], key_NK[request_X, beam_X])
-        score_NK = log_probs_NKL.sum(2)
+        score_NK, lowest = log_probs_NKL.sum(2), torch.finfo(torch.float32).min
+        score_NK = score_NK.where(score_NK > lowest, lowest)  # what is no number is behind all other items
     score_NK = score_NK.masked_fill(~valid_NK, -torch.inf)
     # beams arrive in key order, so a stable sort leaves equal scores in key order
     score_NK, order_NK = score_NK.sort(dim=1, descending=True, stable=True)

@@ -210,6 +210,8 @@ def test_items_scores_are_served_as_the_reference_has_them(tmp_path: Path) -> No
     without = [[item for item, _ in ranking] for ranking in reference(200, 512)]
     model.config.item_score_weight = 0.5
     assert without != [[item for item, _ in ranking] for ranking in reference(200, 512)]
+    with in_process(folder, max_model_len=64, num_gpu_blocks_override=16, load_format="dummy") as engine:
+        assert len(of_output(ask(engine, prompts[:1], n=5)[0])) == 5  # whatever became of the weights
 
 
 def test_offline_beam_search_equals_generate(llm: LLM, checkpoint: Path) -> None:

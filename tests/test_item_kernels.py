@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import cycle
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -65,8 +65,7 @@ def test_an_item_whose_vector_is_no_number_lets_nothing_in_that_is_no_item():
     spoilt = int(expected.index_NK[0, 0])
     at = torch.searchsorted(case.items.keys, case.keys_M[spoilt])
     case.items.embeddings[case.items.first + at] = torch.nan
-    found = case.search()
-    for request, valid in enumerate(expected.valid_N.tolist()):
+    for found, (request, valid) in product([case.search(), case.reference()], enumerate(expected.valid_N.tolist())):
         items, others = found.index_NK[request, :valid].tolist(), expected.index_NK[request, :valid].tolist()
         assert sorted(items) == sorted(others)
         if spoilt in others:

@@ -144,7 +144,7 @@ def test_train_says_and_keeps_the_weight(catalogue, rings, tmp_path, capsys):  #
         config, notes = (json.loads((tmp_path / name / file).read_text()) for file in ("config.json", "training.json"))
         weight = config["item_score_weight"]
         assert weight == notes["item_score_weight"]
-        assert (f"item scores count {weight:g} times" in capsys.readouterr().err) == (name != "plain")
+        assert (f"item scores count {weight:g} times" in capsys.readouterr().err) == (name == "with")
         assert weight == 0 or name == "with"
 
 

@@ -146,7 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
         seconds = round(time.perf_counter() - started, 1)
         save_trained(out, model, tokenizer, catalogue, dtype, options, seconds, trainer.validations)
         shutil.rmtree(run_folder, ignore_errors=True)
-        if model.config.num_item_tokens:
+        if model.config.num_item_tokens and options.item_loss:
             console.print(f"item scores count {model.config.item_score_weight:g} times, by the validation items")
         console.print(f"checkpoint -> {out}")
     return 0

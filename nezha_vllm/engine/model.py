@@ -6,15 +6,16 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.platforms import current_platform
 
 from nezha_vllm.draft_head import DraftHead
+from nezha_vllm.engine.settings import weights_folder
 from nezha_vllm.item_scores import ItemScores
-from nezha_vllm.item_tokens import KEYS, ItemTokens, checked
+from nezha_vllm.item_tokens import KEYS, ItemTokens, load_item_tokens
 
 HEAD = "draft_head."
 
@@ -28,8 +29,6 @@ class _WithDraftHead(nn.Module):
         self.draft_head = DraftHead(config.hidden_size, config.codebook_sizes, dtype=dtype)
         self.draft_head.over_catalogue = config.softmax == "catalogue"
         self.draft_head.requires_grad_(False)
-        if config.item_score_weight:
-            self.register_buffer(KEYS, torch.zeros(config.num_item_tokens, dtype=torch.int64))
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Hidden states as they are: the sampler of this model reads states, not logits."""
@@ -42,10 +41,8 @@ class _WithDraftHead(nn.Module):
             for name, tensor in weights:
                 if name.startswith(HEAD):
                     head[name.removeprefix(HEAD)] = tensor
-                elif name != KEYS:
+                elif name != KEYS:  # read from the folder, see `item_scores`
                     yield name, tensor
-                elif self.config.item_score_weight:  # else they are of the API process alone
-                    self.get_buffer(KEYS).copy_(tensor)
 
         loaded = super().load_weights(backbone())
         expected = {name: tuple(tensor.shape) for name, tensor in self.draft_head.state_dict().items()}
@@ -59,12 +56,15 @@ class _WithDraftHead(nn.Module):
         self.draft_head.load_state_dict(head)
         return loaded | {HEAD + name for name in head}
 
-    def item_scores(self) -> ItemScores | None:
-        """Of this checkpoint, None if it has none; every worker holds all rows that they need."""
+    def item_scores(self, model_config: ModelConfig) -> ItemScores | None:
+        """Of this checkpoint, None if it has none; every worker holds all rows that they need.
+
+        Which items have tokens is read as the API process does it, whatever format the weights were loaded in.
+        """
         config = self.config
         if not config.item_score_weight:
             return None
-        tokens = checked(self.get_buffer(KEYS).cpu().numpy(), config, "this checkpoint")
+        tokens = load_item_tokens(weights_folder(model_config), config)
         embeddings = self.model.embed_tokens.weight.data
         if get_tensor_model_parallel_world_size() > 1:
             start = int(tokens.offsets.min())

@@ -18,7 +18,8 @@ from nezha_vllm.engine.draft_stage import DraftStage, Search
 
 class NezhaModelState(DefaultModelState):
     def custom_sampler(self, base: Any) -> tuple[NezhaSampler, None]:
-        self.draft_stage = DraftStage(self.model.draft_head, self.vllm_config, self.model.item_scores())
+        item_scores = self.model.item_scores(self.vllm_config.model_config)
+        self.draft_stage = DraftStage(self.model.draft_head, self.vllm_config, item_scores)
         return NezhaSampler(base, self.draft_stage), None
 
     def preprocess_state(self, input_batch: Any, *args: Any, **kwargs: Any) -> None:

@@ -42,7 +42,7 @@ class NezhaRunnerMixin:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         model, config = self.model, self.vllm_config  # type: ignore[attr-defined]
-        self.draft_stage = DraftStage(model.draft_head, config, model.item_scores())
+        self.draft_stage = DraftStage(model.draft_head, config, model.item_scores(config.model_config))
         self.sampler = _SamplerV1(self, self.draft_stage)  # type: ignore[arg-type]
 
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from nezha_vllm.config import MAX_BEAM_WIDTH, SHARED_ID_POLICIES, VALIDITY_MODES
 from nezha_vllm.pointer import is_store, version_folder
 
 if TYPE_CHECKING:
-    from vllm.config import ParallelConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
 OPTIONS = (
     "catalogue", "catalogue_version", "catalogue_poll_seconds", "beam_width", "max_beam_width", "validity",
@@ -130,3 +130,8 @@ def checkpoint_folder(model: str, revision: str | None, files: str) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model, revision=revision, allow_patterns=files))
+
+
+def weights_folder(model_config: ModelConfig) -> Path:
+    """Where the checkpoint's weights are, for what is no weight among them."""
+    return checkpoint_folder(model_config.model, model_config.revision, "model*.safetensors*")

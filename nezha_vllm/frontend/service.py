@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nezha_vllm.catalogue import Catalogue
-from nezha_vllm.engine.settings import ServerSettings, checkpoint_folder
+from nezha_vllm.engine.settings import ServerSettings, weights_folder
 from nezha_vllm.frontend.seen_rules import SeenRules
 from nezha_vllm.generation import FIRST, check_levels
 from nezha_vllm.item_tokens import ItemTokens, load_item_tokens
@@ -43,8 +43,7 @@ class Service:
         check_levels(settings.catalogue, catalogue.codec.codebook_sizes, config.codebook_sizes)
         item_tokens = None
         if config.num_item_tokens:
-            folder = checkpoint_folder(model.model, model.revision, "model*.safetensors*")
-            item_tokens = load_item_tokens(folder, config)
+            item_tokens = load_item_tokens(weights_folder(model), config)
             item_tokens.in_prompt(())  # makes its dictionary now, not with the first request
         service = cls(
             settings,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """One item; ``score`` is the sum of ``log_probs``, one natural logarithm a level."""
+    """One item; ``score`` is the sum of ``log_probs``, one a level, the last with what the item itself is worth."""
 
     item_id: str
     score: float
