@@ -14,15 +14,16 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit(do_not_specialize=["first", "shift"])
 def item_products(
-    hidden, embeddings, keys, table, levels, counts, prefixes, lows, highs, history,
+    hidden, embeddings, code_rows, keys, table, levels, counts, prefixes, lows, highs, history,
     weight, first, shift,
     K: tl.constexpr, L: tl.constexpr, H: tl.constexpr, BEAMS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One program for BEAMS beams of a request: adds weight · (h_0 · vector) to their last log-probabilities.
 
-    hidden [N, L + 1, H]; embeddings [V, H], any float types. The item of keys[i] has row first + i; others have the sum
-    of their codes' rows, ``levels`` int64 [L, 3]: row of code 0, keys below one code, codes. table[b] is the lower
-    bound in ``keys`` of b << shift. history float32 [N · K, L]; the others are `select_beams`'s.
+    hidden [N, L + 1, H]; embeddings [V, H] and code_rows [Σ T_l, H], any float types. The item of keys[i] has row
+    first + i; others have the sum of their codes' rows, ``levels`` int64 [L, 3]: row of code 0, keys below one code,
+    codes. table[b] is the lower bound in ``keys`` of b << shift. history float32 [N · K, L]; the others are
+    `select_beams`'s.
     """
     start_row = tl.program_id(0) * BEAMS
     request = start_row // K
@@ -52,7 +53,7 @@ def item_products(
             for level in range(summands):
                 line = levels + level * 3
                 code = key // tl.load(line + 1) % tl.load(line + 2)
-                rows = embeddings + (tl.load(line) + code)[:, None] * H + column[None, :]
+                rows = code_rows + (tl.load(line) + code)[:, None] * H + column[None, :]
                 vector = tl.load(rows, mask=new[:, None] & exists[None, :], other=0.0).to(tl.float32)
                 products += tl.sum(vector * state[None, :], 1)
         tl.store(last, log_p + weight * products, mask=valid)

@@ -28,7 +28,7 @@ class ItemKernels:
         lows = torch.arange(1 + (codec.capacity - 1 >> self.shift), device=device) << self.shift
         bounds = torch.searchsorted(scores.keys, lows, out_int32=True)
         self.table = torch.cat([bounds, bounds.new_tensor([len(scores.keys)])])
-        levels = zip(scores.offsets, codec.suffix_sizes, codec.codebook_sizes, strict=True)
+        levels = zip(scores.code_starts, codec.suffix_sizes, codec.codebook_sizes, strict=True)
         self.levels = torch.tensor([list(level) for level in levels], device=device)
 
     def __call__(self, hidden_NSH: Tensor, beams: BeamRows, out: Tensor, width: int) -> None:
@@ -40,6 +40,7 @@ class ItemKernels:
         item_products[(num_requests * width // BEAMS,)](
             hidden_NSH,
             scores.embeddings,
+            scores.code_rows,
             scores.keys,
             self.table,
             self.levels,

@@ -91,13 +91,23 @@ def item_scores_of(draw: st.DrawFn, case: Case) -> ItemScores:
 
 
 def products(scores: ItemScores, hidden_SH: Tensor, keys: np.ndarray) -> Tensor:
-    """weight · (h_0 · vector) of each key, one after the other [M]."""
-    tokens = {key: scores.first + number for number, key in enumerate(scores.keys.tolist())}
+    """weight · (h_0 · vector) of each key, one after the other [M]; rows of codes are from 7 on."""
+    tokens = {key: scores.embeddings[scores.first + number] for number, key in enumerate(scores.keys.tolist())}
+    offsets = 7 + np.cumsum((0, *scores.codec.codebook_sizes[:-1]))
+
+    def of_codes(key: int) -> tuple[int, Tensor]:
+        codes = scores.codec.codes_of_key(np.array([key]))[0]
+        return int(codes[0]), scores.embeddings[torch.from_numpy(offsets + codes)].sum(0)
+
+    beyond: dict[int, list[Tensor]] = {}
+    for key, vector in tokens.items():
+        first, codes = of_codes(key)
+        beyond.setdefault(first, []).append(vector - codes)
     found = []
-    for key, codes in zip(keys.tolist(), scores.codec.codes_of_key(keys).tolist(), strict=True):
-        rows = [offset + code for offset, code in zip(scores.offsets, codes, strict=True)]
-        vector = scores.embeddings[[tokens[key]] if key in tokens else rows].sum(0)
-        found.append(scores.weight * torch.dot(hidden_SH[0], vector))
+    for key in keys.tolist():
+        first, codes = of_codes(key)
+        added = torch.stack(beyond[first]).mean(0) if first in beyond else 0
+        found.append(scores.weight * torch.dot(hidden_SH[0], tokens.get(key, codes + added)))
     return torch.stack(found).float()
 
 

@@ -48,9 +48,9 @@ def test_items_of_equal_scores_come_in_order_of_semantic_id(known):
     """The same vector for all items, whether it is a token's or the sum of their codes'."""
     case = make((7, 13, 5), 120, [9, 20], [True, False], kind="flat", known=known)
     assert case.items is not None
-    vectors = case.items.embeddings
-    vectors[7:25] = 0
-    vectors[:7] = vectors[25:] = vectors[0].clone()
+    vectors, codes = case.items.embeddings, case.items.code_rows
+    codes[:7] = vectors[25:] = vectors[0].clone()
+    codes[7:] = 0
     found, expected = case.search(), case.reference()
     assert torch.equal(found.index_NK[:, : expected.index_NK.shape[1]], expected.index_NK)
     for index, valid in zip(found.index_NK.tolist(), found.valid_N.tolist(), strict=True):

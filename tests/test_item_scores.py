@@ -39,10 +39,12 @@ def scores():
     return ItemScores(ItemTokens(KEYS, FIRST, CODEC, OFFSETS), torch.randn(FIRST + len(KEYS), 8), 0.5)
 
 
-def test_an_item_with_a_token_has_its_vector_another_the_sum_of_its_codes(scores):
+def test_an_item_with_a_token_has_its_vector_another_its_codes_and_what_training_added_to_such(scores):
     asked = np.array([[2, 3, 4], [2, 3, 3], [0, 0, 1], [0, 0, 0]])
     hidden_XH, rows = torch.randn(4, 8), scores.embeddings
-    vectors = [rows[FIRST + 2], rows[4] + rows[8] + rows[12], rows[FIRST], rows[2] + rows[5] + rows[9]]
+    beyond = [rows[FIRST] - rows[2] - rows[5] - rows[10], rows[FIRST + 2] - rows[4] - rows[8] - rows[13]]
+    vectors = [rows[FIRST + 2], rows[4] + rows[8] + rows[12] + beyond[1]]
+    vectors += [rows[FIRST], rows[2] + rows[5] + rows[9] + beyond[0]]
     expected = [0.5 * float(hidden @ vector) for hidden, vector in zip(hidden_XH, vectors, strict=True)]
     found = scores(hidden_XH, torch.from_numpy(CODEC.key(asked)))
     assert found.dtype == torch.float32
@@ -91,11 +93,15 @@ def test_beams_that_cover_the_catalogue_are_in_the_order_of_codes_and_items(fold
     plain = reference_beam_search(model.draft_head, hidden, keys, torch.tensor([512]), torch.tensor([True]))
     log_p = dict(zip(plain.index_NK[0].tolist(), plain.scores_NK[0].tolist(), strict=True))
     embeddings, tokens = model.model.embed_tokens.weight.detach(), model.item_tokens
+    every_IL = torch.from_numpy(tokens.codec.codes_of_key(tokens.keys) + tokens.offsets)
+    beyond_IH = embeddings[tokens.first :] - embeddings[every_IL].sum(1)
+    beyond = {code: beyond_IH[every_IL[:, 0] == code] for code in every_IL[:, 0].tolist()}
     totals = {}
     for index, key in enumerate(films.keys.tolist()):
         at = np.flatnonzero(tokens.keys == key)
         codes = tokens.codec.codes_of_key(np.array([key]))[0] + tokens.offsets
         vector = embeddings[torch.from_numpy(tokens.first + at if len(at) else codes)].sum(0)
+        vector = vector if len(at) else vector + beyond.get(int(codes[0]), torch.zeros(1, embeddings.shape[1])).mean(0)
         totals[index] = log_p[index] + 0.5 * float(hidden[0, 0] @ vector)
     found = int(beams.valid_N[0])
     order = beams.index_NK[0, :found].tolist()
