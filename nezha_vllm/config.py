@@ -105,8 +105,9 @@ class NezhaFields:
                 f"config.json: vocab_size is {self.vocab_size}, num_item_tokens {self.num_item_tokens}, "  # type: ignore[attr-defined]
                 f"but code_token_offsets or placeholder_token_ids reach token id {spans[-1].stop - 1}"
             )
-        if not 0 <= self.item_score_weight < float("inf"):
-            raise ValueError(f"config.json: item_score_weight is {self.item_score_weight}, must be 0 or positive")
+        weight = self.item_score_weight
+        if not (isinstance(weight, (int, float)) and 0 <= weight < float("inf")):
+            raise ValueError(f"config.json: item_score_weight is {weight!r}, must be a number, 0 or positive")
         if self.item_score_weight and not self.num_item_tokens:
             raise ValueError(
                 f"config.json: item_score_weight is {self.item_score_weight}, but there are no item tokens; set it to 0"

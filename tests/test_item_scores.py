@@ -157,8 +157,9 @@ def test_train_says_and_keeps_the_weight(catalogue, rings, tmp_path, capsys):  #
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"item_score_weight": -1.0}, "item_score_weight is -1.0, must be 0 or positive"),
-        ({"item_score_weight": float("nan")}, "item_score_weight is nan, must be 0 or positive"),
+        ({"item_score_weight": -1.0}, "item_score_weight is -1.0, must be a number, 0 or positive"),
+        ({"item_score_weight": float("nan")}, "item_score_weight is nan, must be a number, 0 or positive"),
+        ({"item_score_weight": "0.5"}, "item_score_weight is '0.5', must be a number, 0 or positive"),
         ({"num_item_tokens": 0}, "item_score_weight is 0.5, but there are no item tokens; set it to 0"),
     ],
 )
