@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ from benchmarks.reliability.questions import Questions
 from benchmarks.reliability.versions import Ranking, rankings, versions_of
 from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.client import prompt
+from nezha_vllm.manifest import MANIFEST, checksum
+from nezha_vllm.pointer import write_pointer
+from nezha_vllm.scrape import metrics_of
 from nezha_vllm.server import Server
 from nezha_vllm.store import Store
 
@@ -80,6 +83,9 @@ class Live:
     def swaps(self) -> list[dict[str, Any]]:
         lines = self.log.read_text(errors="replace").splitlines()
         return [json.loads(line[line.index("{") :]) for line in lines if "NEZHA: catalogue {" in line]
+
+    def refused(self) -> float:
+        return metrics_of(self.url, 30).by("nezha_catalogue_swaps_total", "result")["refused"]
 
     def check(self, history: int, choices: Sequence[dict[str, Any]]) -> str:
         """All of one version, and that version's answer; its name."""
@@ -196,7 +202,15 @@ def test_a_client_that_does_not_read_its_stream_holds_up_no_swap(live: Live) -> 
             live.wait_for(version)
 
 
-@pytest.mark.parametrize("what", ["keys.safetensors", "items.arrow", "manifest.json", "levels", "CURRENT"])
+def promise_items(version: Path, store: Store, count: int) -> None:
+    """Let a version's manifest say that it has so many, and the store's pointer vouch for that."""
+    manifest = json.loads((version / MANIFEST).read_text()) | {"num_items": count, "num_ids": count}
+    manifest["checksum"] = checksum(manifest)
+    (version / MANIFEST).write_text(json.dumps(manifest))
+    write_pointer(store.folder, replace(store.pointer(), manifest=manifest["checksum"]))
+
+
+@pytest.mark.parametrize("what", ["keys.safetensors", "items.arrow", "manifest.json", "levels", "CURRENT", "memory"])
 def test_what_cannot_be_taken_up_is_refused_in_one_line_and_the_old_version_serves_on(
     live: Live, tmp_path: Path, what: str
 ) -> None:
@@ -212,12 +226,14 @@ def test_what_cannot_be_taken_up_is_refused_in_one_line_and_the_old_version_serv
         (other.folder / "CURRENT").unlink()  # its publisher would refuse it
     other.publish(tmp_path / name, force=True)
     damaged = other.folder / ("CURRENT" if what == "CURRENT" else f"versions/{name}/{what}")
-    if what != "levels":
+    if what not in ("levels", "memory"):
         data = bytearray(damaged.read_bytes())
         data[len(data) // 2] ^= 0x41
         damaged.write_bytes(data)
     shutil.copytree(other.folder / "versions" / name, live.store.folder / "versions" / name)
-    good = (live.store.folder / "CURRENT").read_bytes()
+    if what == "memory":  # more items than fit beside those in use, by a manifest that the pointer vouches for
+        promise_items(live.store.folder / "versions" / name, other, 10**12)
+    good, counted = (live.store.folder / "CURRENT").read_bytes(), live.refused()
     os.replace(other.folder / "CURRENT", live.store.folder / "CURRENT")
     with Load(live) as load:
         deadline = time.monotonic() + 20
@@ -227,7 +243,8 @@ def test_what_cannot_be_taken_up_is_refused_in_one_line_and_the_old_version_serv
     assert load.answered.keys() == {"one"}
     (refusal,) = live.swaps()[told:]
     assert (refusal["result"], refusal["serving"]) == ("refused", "one")
-    assert ("[16, 24, 33]" if what == "levels" else what) in refusal["reason"]
+    assert {"levels": "[16, 24, 33]", "memory": "MiB are available"}.get(what, what) in refusal["reason"]
+    assert live.refused() == counted + 1
     (live.store.folder / "CURRENT").write_bytes(good)
     live.publish("two")
     live.wait_for("two")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +27,13 @@ from nezha_vllm.eligibility import Eligibility
 from nezha_vllm.engine.stage_clock import StageClock
 from nezha_vllm.frontend import metrics
 from nezha_vllm.frontend.answers import rank
+from nezha_vllm.frontend.follow import Swap, tell
 from nezha_vllm.frontend.options import Plan
 from nezha_vllm.frontend.outcome import Outcome
 from nezha_vllm.frontend.rules import Rules
 from nezha_vllm.payload import RankedIds
+from nezha_vllm.pointer import write_pointer
+from nezha_vllm.store import Store
 
 HISTORY = "<item:item-3><item:item-70>"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "metrics.md"
@@ -174,6 +179,27 @@ def test_the_catalogue_shown_is_the_one_in_use(tmp_path: Path) -> None:
     assert registry.get_sample_value("nezha_catalogue_items") == 7
     published = registry.get_sample_value("nezha_catalogue_published_timestamp_seconds")
     assert published == pytest.approx(time.time(), abs=60)
+
+
+def test_a_refused_version_changes_no_age_of_the_one_that_serves_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pointer, which knows when a rollback was, shows the refused version by then; files tell of a time before."""
+    Catalogue.build(["a"], [[1, 2]], [3, 3], version="old").save(tmp_path / "catalogue")
+    store = Store(tmp_path / "store")
+    store.publish(tmp_path / "catalogue")
+    os.utime(store.folder / "versions" / "old" / "manifest.json", (0, 0))
+    service = SimpleNamespace(catalogue=store.load(), settings=SimpleNamespace(catalogue=store.folder))
+    registry = CollectorRegistry()
+    shown = metrics.Metrics(registry)
+    shown.show_catalogue(service)  # type: ignore[arg-type]
+    monkeypatch.setattr(metrics, "active", lambda: shown)
+    write_pointer(store.folder, replace(store.pointer(), version="bad", sequence=2))
+    refused = Swap("refused", "bad", "old", 2, None, 0.1, "damaged")
+    tell(refused, service, first=True)  # type: ignore[arg-type]
+    published = registry.get_sample_value("nezha_catalogue_published_timestamp_seconds")
+    assert published == pytest.approx(time.time(), abs=60)
+    assert registry.get_sample_value("nezha_catalogue_swaps_total", {"result": "refused"}) == 1
 
 
 def test_every_metric_is_documented_and_every_documented_metric_exists() -> None:

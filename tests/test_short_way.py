@@ -38,6 +38,7 @@ OTHER: list[dict[str, Any]] = [
     {"prompt": "<item:1>", "vllm_xargs": [1]},
     {"prompt": "<item:1>", "vllm_xargs": {"exclude_items": {"i": 1}}},
     {"prompt": "<item:1>", "vllm_xargs": {"exclude_items": [1.5]}},
+    {"prompt": "<item:1>", "user": "u" * 16_385},
     {"prompt": "<item:1>", "a_field_of_the_next_version": None},
 ]
 

@@ -276,7 +276,8 @@ def tell(swap: Swap, service: Service, first: bool) -> None:
     """In every API process; they all come to the same end, and the ``first`` of them counts it and writes a line."""
     counted = metrics.active()
     if counted is not None:
-        counted.show_catalogue(service)
+        if swap.result == "swapped":  # else the pointer tells the time of a version that is not served
+            counted.show_catalogue(service)
         if first:
             counted.count_swap(swap.result)
     if first:

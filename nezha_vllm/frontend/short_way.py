@@ -34,6 +34,7 @@ from nezha_vllm.frontend.gate import put_in_front
 from nezha_vllm.frontend.options import Plan, check_search, engine_params
 from nezha_vllm.frontend.outcome import Outcome
 from nezha_vllm.frontend.renderer import NezhaRenderer
+from nezha_vllm.frontend.request_shape import LONGEST
 from nezha_vllm.frontend.response_body import ResponseBody
 from nezha_vllm.frontend.rules import read_rules
 from nezha_vllm.frontend.seen_rules import LONG
@@ -63,7 +64,7 @@ class CommonRequest(msgspec.Struct, forbid_unknown_fields=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     max_tokens: int | None = 16
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    user: str | None = None
+    user: Annotated[str, Meta(max_length=LONGEST)] | None = None
     stream: bool | None = False
     logprobs: None = None
 
