@@ -108,10 +108,8 @@ class NezhaFields:
         weight = self.item_score_weight
         if not (isinstance(weight, (int, float)) and 0 <= weight < float("inf")):
             raise ValueError(f"config.json: item_score_weight is {weight!r}, must be a number, 0 or positive")
-        if self.item_score_weight and not self.num_item_tokens:
-            raise ValueError(
-                f"config.json: item_score_weight is {self.item_score_weight}, but there are no item tokens; set it to 0"
-            )
+        if weight and not self.num_item_tokens:
+            raise ValueError(f"config.json: item_score_weight is {weight}, but there are no item tokens; set it to 0")
         if self.method not in METHODS:
             raise ValueError(f"config.json: method is {self.method!r}, must be one of {METHODS}")
         if self.validity not in VALIDITY_MODES:

@@ -84,6 +84,38 @@ def check_payload(head, keys, widths, rows, states, got, n: int = 10, eligible=N
         assert found.index.tolist()[:1] == expected.index_NK[request, : min(1, kept)].tolist()
 
 
+def options_of(widths, stepwise, eligible, places):
+    """Of requests that may get all or all but some, each in the catalogue at its place."""
+    from nezha_vllm.engine.draft_graphs import Options
+    from nezha_vllm.triton_search import ALL, ALL_BUT
+
+    return [
+        Options(width, mode, ALL, place=place)
+        if rule is None
+        else Options(width, mode, ALL_BUT, rule.positions.cpu().numpy().astype(np.int32), place=place)
+        for width, mode, rule, place in zip(widths, stepwise, eligible, places, strict=True)
+    ]
+
+
+def check_by_catalogue(head, catalogues, step: Step, answers, places, eligible, stepwise, items=None) -> None:
+    """The requests of each catalogue, by its place, against the reference over it."""
+    widths, rows, states = step
+    got = payload.gather([(part, beams.numpy()) for part, beams in answers], len(widths), 10, len(SIZES))
+    for place, keys in enumerate(catalogues):
+        part = [request for request, where in enumerate(places) if where == place]
+        check_payload(
+            head,
+            keys,
+            [widths[request] for request in part],
+            [rows[request] for request in part],
+            states,
+            payload.HostPayload(*(values[part] for values in got)),
+            eligible=[eligible[request] for request in part],
+            stepwise=[stepwise[request] for request in part],
+            items=items,
+        )
+
+
 @pytest.mark.parametrize("count", [1, 2, 7, 33, 96])
 def test_any_batch_of_mixed_widths_equals_the_reference(parts, count):
     head, keys, graphs = parts
@@ -180,8 +212,8 @@ def test_graphs_search_in_catalogues_that_come_later(parts):
 
 def test_a_softmax_over_the_catalogue_is_over_the_one_that_a_request_is_searched_in(parts):
     """Two catalogues, both modes and exclusion lists in one step."""
-    from nezha_vllm.engine.draft_graphs import DraftGraphs, Options
-    from nezha_vllm.triton_search import ALL, ALL_BUT, Plan
+    from nezha_vllm.engine.draft_graphs import DraftGraphs
+    from nezha_vllm.triton_search import Plan
 
     head = copy.copy(parts[0])
     head.over_catalogue = True
@@ -203,34 +235,17 @@ def test_a_softmax_over_the_catalogue_is_over_the_one_that_a_request_is_searched
             torch.tensor([True], device="cuda"),
         )
         eligible.append(None if request % 2 else Eligible(best.index_NK[0, ::2].sort().values, only=False))
-    options = [
-        Options(width, mode, ALL, place=place)
-        if rule is None
-        else Options(width, mode, ALL_BUT, rule.positions.cpu().numpy().astype(np.int32), place=place)
-        for width, mode, rule, place in zip(widths, stepwise, eligible, places, strict=True)
-    ]
-    event, answers = launch(graphs, (widths, rows, states), options)
+    step = widths, rows, states
+    event, answers = launch(graphs, step, options_of(widths, stepwise, eligible, places))
     event.synchronize()
-    got = payload.gather([(part, beams.numpy()) for part, beams in answers], 16, 10, len(SIZES))
-    for place, keys in enumerate(catalogues):
-        part = [request for request, where in enumerate(places) if where == place]
-        check_payload(
-            head,
-            keys,
-            [widths[request] for request in part],
-            [rows[request] for request in part],
-            states,
-            payload.HostPayload(*(values[part] for values in got)),
-            eligible=[eligible[request] for request in part],
-            stepwise=[stepwise[request] for request in part],
-        )
+    check_by_catalogue(head, catalogues, step, answers, places, eligible, stepwise)
 
 
 def test_item_scores_are_the_models_in_every_catalogue(parts):
     """Two catalogues, both modes and exclusion lists in one step, three steps in flight; the model knows some items."""
     from benchmarks.search_case import random_items
-    from nezha_vllm.engine.draft_graphs import DraftGraphs, Options
-    from nezha_vllm.triton_search import ALL, ALL_BUT, Plan
+    from nezha_vllm.engine.draft_graphs import DraftGraphs
+    from nezha_vllm.triton_search import Plan
 
     head, keys, _ = parts
     catalogues = [keys, torch.randint(0, 64**3, (30_000,), device="cuda").unique()]
@@ -247,29 +262,11 @@ def test_item_scores_are_the_models_in_every_catalogue(parts):
             Eligible(torch.arange(0, 9000, 3, device="cuda")[:2000], only=False) if request % 2 else None
             for request in range(20)
         ]
-        options = [
-            Options(width, mode, ALL, place=place)
-            if rule is None
-            else Options(width, mode, ALL_BUT, rule.positions.cpu().numpy().astype(np.int32), place=place)
-            for width, mode, rule, place in zip(step[0], stepwise, eligible, places, strict=True)
-        ]
+        options = options_of(step[0], stepwise, eligible, places)
         pending.append((step, places, stepwise, eligible, launch(graphs, step, options)))
     torch.cuda.synchronize()
-    for (widths, rows, states), places, stepwise, eligible, (_, answers) in pending:
-        got = payload.gather([(part, beams.numpy()) for part, beams in answers], 20, 10, len(SIZES))
-        for place, its_keys in enumerate(catalogues):
-            part = [request for request, where in enumerate(places) if where == place]
-            check_payload(
-                head,
-                its_keys,
-                [widths[request] for request in part],
-                [rows[request] for request in part],
-                states,
-                payload.HostPayload(*(values[part] for values in got)),
-                eligible=[eligible[request] for request in part],
-                stepwise=[stepwise[request] for request in part],
-                items=items,
-            )
+    for step, places, stepwise, eligible, (_, answers) in pending:
+        check_by_catalogue(head, catalogues, step, answers, places, eligible, stepwise, items)
 
 
 def test_ten_thousand_requests_leave_no_memory_behind(parts):

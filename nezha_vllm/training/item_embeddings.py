@@ -45,14 +45,14 @@ class ItemEmbeddings(nn.Module):
         item = ids - first
         known = (item >= 0)[..., None]
         item = item.clamp(min=0)
-        rows = self.own(item)
-        for codes_I in self.codes.T:  # one after another: their sum is all that has to be kept
-            rows = rows + F.embedding(codes_I[item], weight_VH)
+        rows = self._sums(self.own(item), self.codes[item])
         return torch.where(known, rows, F.embedding(ids.clamp(max=first - 1), weight_VH))
 
     def rows(self) -> Tensor:
         """Embeddings [I, H] of all item tokens."""
-        rows = self.own.weight
-        for codes_I in self.codes.T:
-            rows = rows + F.embedding(codes_I, self.embed_tokens[0].weight)
+        return self._sums(self.own.weight, self.codes)
+
+    def _sums(self, rows: Tensor, codes: Tensor) -> Tensor:
+        for level in codes.unbind(-1):  # one after another: their sum is all that has to be kept
+            rows = rows + F.embedding(level, self.embed_tokens[0].weight)
         return rows

@@ -101,8 +101,8 @@ def save_trained(
 ) -> None:
     """Write the checkpoint folder; it appears complete or not at all.
 
-    ``training.json`` keeps the options, the model's method, softmax, number of item tokens and shape, the ``seconds``
-    that training took, and the ``validations``: epoch, loss and NDCG@10 of each.
+    ``training.json`` keeps the options, the model's method, softmax, number of item tokens, weight of their scores and
+    shape, the ``seconds`` that training took, and the ``validations``: epoch, loss and NDCG@10 of each.
     """
     note = asdict(options) | {
         "method": model.config.method,
