@@ -31,6 +31,7 @@ class NezhaFields:
         softmax: over what a level's probabilities sum to one: ``codes``, all of the level as in the paper, or
             ``catalogue``, those that continue the prefix to an item.
         num_item_tokens: tokens of semantic IDs, the last of the vocabulary, see ``item_tokens``.
+        short_histories: whether an item's token stands for all of its codes in a history, or for the last.
         item_score_weight: of the products of h_0 and items beside the log-probabilities of their codes, see
             ``item_scores``; 0 for codes alone, as in the paper. Others need item tokens.
         shared_ids: how items that share a semantic ID come out, see ``sharing.ranked_rows``.
@@ -47,6 +48,7 @@ class NezhaFields:
     validity: str = "stepwise"
     softmax: str = "codes"
     num_item_tokens: int = 0
+    short_histories: bool = False
     item_score_weight: float = 0.0
     shared_ids: str = "expand"
     catalogue: str = "catalogue"

@@ -287,9 +287,19 @@ def test_large_shapes(sizes, keys, widths, hidden, dtype, known):
         len(set(found.index_NK[n, :10].tolist()) & set(expected.index_NK[n, :10].tolist())) / min(10, width)
         for n, width in enumerate(widths)
     ]
-    print(f"\n{sizes}: {np.mean(shared):.3f} of the ten best shared")
+    apart = [difference for n in range(len(widths)) for difference in score_differences(found, expected, n)]
+    print(f"\n{sizes}: {np.mean(shared):.3f} of the ten best shared, scores of items that both found {max(apart):.3f} apart")
     assert np.mean(shared) > 0.85
-    assert torch.allclose(found.scores_NK[:, 0], expected.scores_NK[:, 0], atol=0.1)
+    assert max(apart) < 0.1
+
+
+def score_differences(found: beam.Beams, expected: beam.Beams, request: int) -> list[float]:
+    """Of the items that both found. The best need not be one of them: it may stand at the end of a beam by its codes."""
+    ours, theirs = (
+        dict(zip(beams.index_NK[request].tolist(), beams.scores_NK[request].tolist(), strict=True))
+        for beams in (found, expected)
+    )
+    return [abs(ours[item] - theirs[item]) for item in ours.keys() & theirs.keys() if item >= 0]
 
 
 @pytest.mark.gpu

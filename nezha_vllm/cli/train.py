@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dropout-by", choices=("row", "token"), help="one mask a row (default), or one a token")
     option("--item-dropout", float, "item_dropout", "share of history items blotted out; with a backbone 0")
     option("--item-tokens", int, "item_tokens", "most frequent items that get a token of their own in histories")
+    parser.add_argument(
+        "--short-histories",
+        action=argparse.BooleanOptionalAction,
+        help="an item's token stands for all of its codes in a history, not for the last (default no); a checkpoint "
+        "with item tokens that is trained on keeps its own",
+    )
     option("--item-token-dropout", float, "item_token_dropout", "share of history items that show their codes instead")
     option("--head-dropout", float, "head_dropout", "dropout of code embeddings and of what the heads' outputs read")
     option("--label-smoothing", float, "label_smoothing", "share of the loss spread over all codes")

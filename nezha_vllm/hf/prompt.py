@@ -56,7 +56,8 @@ def prompt_token_ids(
     if len(codes) == 0:
         raise ValueError("a history needs at least one item")
     tokens = code_token_ids(config, codes)
-    history = [*prefix, *(tokens if item_tokens is None else item_tokens.put(tokens)).ravel().tolist()]
+    tokens = tokens.ravel() if item_tokens is None else item_tokens.history(tokens)
+    history = [*prefix, *tokens.tolist()]
     return history if config.method == AUTOREGRESSIVE else [*history, *config.placeholder_token_ids]
 
 

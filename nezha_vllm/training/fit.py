@@ -22,7 +22,7 @@ from nezha_vllm.training.item_embeddings import ItemEmbeddings, frequent_keys
 from nezha_vllm.training.item_loss import ItemLoss
 from nezha_vllm.training.metrics import ndcg
 from nezha_vllm.training.options import TrainingOptions
-from nezha_vllm.training.packing import PackedCollator, Segments
+from nezha_vllm.training.packing import PackedCollator, Segments, shortened
 from nezha_vllm.training.regularise import add_dropout, add_head_dropout, tie_codes
 from nezha_vllm.training.resume import identity, resumable
 from nezha_vllm.training.trainer import EpochLine, NezhaTrainer
@@ -67,6 +67,7 @@ def fit(
     segments = Segments(codes_of(split.train, catalogue), options.max_history)
     if options.item_tokens and not model.config.num_item_tokens:
         keys = frequent_keys(segments.sequences, model.config.codec, options.item_tokens)
+        model.config.short_histories = options.short_histories
         model.item_embeddings = ItemEmbeddings(model.config, keys, model.model.embed_tokens)
     arguments = _arguments(options, run_folder, len(segments))
     device = arguments.device
@@ -80,6 +81,7 @@ def fit(
         multiple,
         model.item_tokens,
         options.item_token_dropout,
+        shortened(segments.sequences, model.item_tokens, options.item_token_dropout),
     )
     if device.type == "cuda":
         fuse_norms(model)
@@ -136,6 +138,8 @@ def fit(
     if model.item_loss is not None:
         found = valid.ndcg_by_weight(model, ITEM_SCORE_BEAMS, (0.0, *WEIGHTS))
         model.config.item_score_weight, model.item_loss = max(found, key=lambda weight: found[weight]), None
+        shown = ", ".join(f"{ndcg:.4f} at {weight:g}" for weight, ndcg in found.items())
+        write(f"validation ndcg@10 by weight of item scores: {shown}")
     model.settle_item_tokens()
     return trainer
 

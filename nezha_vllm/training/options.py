@@ -37,6 +37,7 @@ class TrainingOptions:
     validate_every: int = 1
     select: str = "loss"
     item_tokens: int = 100_000
+    short_histories: bool = False
     item_token_dropout: float = 0.3
     seed: int = 0
 

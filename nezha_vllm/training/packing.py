@@ -21,7 +21,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -74,7 +76,8 @@ class PackedCollator:
     Batches are on ``device``; mask and positions are made there, which spares 4 MB of copies a step.
 
     ``item_tokens``: the model's; ``item_token_dropout`` is the probability with which an item shows its codes instead,
-    as one does that training never saw.
+    as one does that training never saw. Where tokens stand for all codes of their items (``ItemTokens.short``), the
+    other L - 1 places of an item are empty, and nothing sees them; ``shortened`` rows have no such places, see `shortened`.
 
     ``row_multiple``: empty rows are added up to a multiple of so many, so that few shapes occur and graphs can be
     replayed. More than one leaves out ``labelled``, whose length would hang on the pieces.
@@ -88,6 +91,12 @@ class PackedCollator:
     row_multiple: int = 1
     item_tokens: ItemTokens | None = None
     item_token_dropout: float = 0.0
+    shortened: bool = False
+
+    @property
+    def _slots(self) -> int:
+        """Places of an item in a row."""
+        return 1 if self.shortened else self.config.num_levels
 
     @property
     def _blot(self) -> int:
@@ -98,27 +107,27 @@ class PackedCollator:
     def _layout(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of a row with one piece: mask [Q, Q] (True = may attend), position ids [Q], read positions [P, S]; and the
         place in the history that a token belongs to [Q], -1 in the prefix."""
-        levels, targets, lead = self.config.num_levels, self.max_history, len(self.prefix)
+        slots, targets, lead = self._slots, self.max_history, len(self.prefix)
         group = self.config.num_reads - 1
-        history = lead + targets * levels
+        history = lead + targets * slots
         # how many history tokens a token sees, and the group it belongs to (-1: history)
         target_Q = torch.arange(targets).repeat_interleave(group)
-        seen_Q = torch.cat([torch.arange(1, history + 1), lead + (target_Q + 1) * levels])
+        seen_Q = torch.cat([torch.arange(1, history + 1), lead + (target_Q + 1) * slots])
         group_Q = torch.cat([torch.full((history,), -1), target_Q])
         index_Q = torch.arange(len(group_Q))
         sees_history_QQ = (group_Q == -1) & (index_Q < seen_Q[:, None])
         sees_group_QQ = (group_Q >= 0) & (group_Q == group_Q[:, None]) & (index_Q <= index_Q[:, None])
         level_Q = torch.arange(group).repeat(targets)
         position_Q = torch.cat([torch.arange(history), seen_Q[history:] + level_Q])
-        last_P1 = lead + (torch.arange(targets)[:, None] + 1) * levels - 1
+        last_P1 = lead + (torch.arange(targets)[:, None] + 1) * slots - 1
         groups_PG = history + torch.arange(targets * group).view(targets, group)
-        place_Q = torch.cat([torch.full((lead,), -1), torch.arange(targets).repeat_interleave(levels), target_Q])
+        place_Q = torch.cat([torch.full((lead,), -1), torch.arange(targets).repeat_interleave(slots), target_Q])
         layout = sees_history_QQ | sees_group_QQ, position_Q, torch.cat([last_P1, groups_PG], dim=1), place_Q
         mask_QQ, position_Q, read_PS, place_Q = (tensor.to(self.device) for tensor in layout)
         return mask_QQ, position_Q, read_PS, place_Q
 
     def __call__(self, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
-        levels, targets, lead = self.config.num_levels, self.max_history, len(self.prefix)
+        levels, targets, lead, slots = self.config.num_levels, self.max_history, len(self.prefix), self._slots
         offsets = torch.tensor(self.config.code_token_offsets)
         used = [len(codes) - 1 for codes in pieces]
         row_of, first_of, count = packed(used, targets)
@@ -129,18 +138,22 @@ class PackedCollator:
         place_V = first_V + torch.arange(len(piece_V)) - (used_I.cumsum(0) - used_I)[piece_V]
 
         history_VL = torch.cat([codes[:-1] for codes in pieces]) + offsets
+        empty_VL = None
         if self.item_tokens is not None:
             named_VL = torch.from_numpy(self.item_tokens.put(history_VL.numpy()))
             shown = torch.rand(len(history_VL), 1) >= self.item_token_dropout
-            history_VL = torch.where(shown, named_VL, history_VL)
+            history_VL = torch.where(shown, named_VL, history_VL)[:, -slots:]
+            if self.item_tokens.short and slots > 1:
+                empty_VL = (history_VL[:, -1:] >= self.item_tokens.first).repeat(1, levels)
+                empty_VL[:, -1] = False
         if self.item_dropout:
             history_VL = history_VL.masked_fill(torch.rand(len(history_VL), 1) < self.item_dropout, self._blot)
         target_VL = torch.cat([codes[1:] for codes in pieces])
-        width = lead + targets * (levels + self.config.num_reads - 1)
+        width = lead + targets * (slots + self.config.num_reads - 1)
         input_ids_NQ = torch.full((count, width), self.config.placeholder_token_ids[0])
         input_ids_NQ[:, :lead] = torch.tensor(self.prefix, dtype=torch.long)
-        end = lead + targets * levels
-        input_ids_NQ[:, lead:end].view(count, targets, levels)[row_V, place_V] = history_VL
+        end = lead + targets * slots
+        input_ids_NQ[:, lead:end].view(count, targets, slots)[row_V, place_V] = history_VL
         groups = input_ids_NQ[:, end:].view(count, targets, self.config.num_reads - 1)
         if self.config.method == AUTOREGRESSIVE:
             groups[row_V, place_V] = (target_VL + offsets)[:, :-1]
@@ -156,11 +169,16 @@ class PackedCollator:
         mask_QQ, position_Q, read_PS, place_Q = self._layout
         start_NQ = starts_NP[:, place_Q].masked_fill(place_Q < 0, -1)
         same_NQQ = (start_NQ[:, :, None] == start_NQ[:, None]) | (place_Q < 0)
-        moved_NQ = start_NQ.masked_fill((start_NQ < 0) | (start_NQ == targets), 0) * levels
+        moved_NQ = start_NQ.masked_fill((start_NQ < 0) | (start_NQ == targets), 0) * slots
+        sees_NQQ, position_NQ = mask_QQ & same_NQQ, position_Q - moved_NQ
+        if empty_VL is not None:
+            empty_NPL = torch.zeros(count, targets, levels, dtype=torch.bool)
+            empty_NPL[row_V, place_V] = empty_VL
+            sees_NQQ, position_NQ = self._closed_up(sees_NQQ, position_NQ, start_NQ, self._moved(empty_NPL))
         arguments = {
             "input_ids": input_ids_NQ,
-            "attention_mask": (mask_QQ & same_NQQ)[:, None],
-            "position_ids": position_Q - moved_NQ,
+            "attention_mask": sees_NQQ[:, None],
+            "position_ids": position_NQ,
             "read_positions": read_PS.expand(count, *read_PS.shape),
             "labels": labels_NPL,
         }
@@ -168,10 +186,37 @@ class PackedCollator:
             arguments["labelled"] = self._moved((row_V * targets + place_V).sort().values)
         return arguments
 
+    def _closed_up(
+        self, sees_NQQ: Tensor, position_NQ: Tensor, start_NQ: Tensor, empty_NPL: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mask and position ids as if the empty places of items were not there."""
+        targets, levels = empty_NPL.shape[1:]
+        lead, (mask_QQ, position_Q, read_PS, _) = len(self.prefix), self._layout
+        history, width = lead + targets * levels, len(position_Q)
+        # how many places of a row are empty in front of each, and in front of the piece that it belongs to
+        before_NX = F.pad(empty_NPL.flatten(1).cumsum(1), (lead + 1, 0))
+        behind_P = (read_PS[:, 0] + 1).repeat_interleave(self.config.num_reads - 1)
+        passed_NQ = before_NX[:, torch.cat([position_Q[:history], behind_P])]
+        begun_NQ = before_NX.gather(1, (lead + start_NQ * levels).clamp(min=0).where(start_NQ >= 0, 0))
+        seen_NQ = ~F.pad(empty_NPL.flatten(1), (lead, width - history))
+        alone_QQ = torch.eye(width, dtype=torch.bool, device=mask_QQ.device)  # a softmax over nothing is no number
+        return sees_NQQ & seen_NQ[:, None] | alone_QQ, position_NQ - (passed_NQ - begun_NQ)
+
     def _moved(self, tensor: Tensor) -> Tensor:
         if torch.device(self.device).type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def shortened(sequences: Sequence[Tensor], item_tokens: ItemTokens | None, item_token_dropout: float) -> bool:
+    """Whether every item of these sequences of codes [items, L] always stands as one token in a history.
+
+    Then rows need one place an item instead of L: 80 tokens instead of 120 for W = 20, L = 3.
+    """
+    if item_tokens is None or not item_tokens.short or item_token_dropout:
+        return False
+    keys = item_tokens.codec.key(torch.cat(list(sequences)).numpy())
+    return bool(np.isin(keys, item_tokens.keys).all())
 
 
 def packed(lengths: Sequence[int], capacity: int) -> tuple[list[int], list[int], int]:
