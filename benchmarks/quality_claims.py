@@ -7,12 +7,12 @@ from statistics import fmean
 
 from benchmarks.markdown import table
 from benchmarks.quality_gaps import METRICS, Gap
-from benchmarks.quality_rows import NO_SCORES, NO_TOKENS, OURS, UNVERIFIED, Result, mean
+from benchmarks.quality_rows import NO_SCORES, NO_TOKENS, OURS, SHORT_HISTORIES, UNVERIFIED, Result, mean
 from nezha_vllm.ablations import FREE_LABEL, LABELS
 from nezha_vllm.training.significance import Difference
 
 BEAM_SEARCHES = {FREE_LABEL: "beam search", LABELS["ar"]: "constrained beam search"}
-WITHOUT = NO_SCORES, NO_TOKENS
+WITHOUT = SHORT_HISTORIES, NO_SCORES, NO_TOKENS
 BEAM_SEARCHES |= {f"{label}{less}": f"{name}{less}" for less in WITHOUT for label, name in BEAM_SEARCHES.items()}
 RIVALS = BEAM_SEARCHES | {f"{OURS}{less}": f"{OURS}{less}" for less in WITHOUT} | {LABELS["mtp"]: "MTP"}
 RIVALS |= {LABELS[f"nezha-{n}"]: f"NEZHA-{n}" for n in (1, 2, 3)} | {UNVERIFIED: "NEZHA-4"}

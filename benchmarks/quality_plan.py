@@ -20,7 +20,8 @@ PARTS_OF_A_RUN = 5  # data set, model, method, seed, hash
 CURVE = "-beam-"  # in the names of the runs that make a curve
 ALONE = "-alone"  # in the names of the runs that measure latency
 PLAIN, CODES = "-plain", "-codes"  # as in the paper, without item tokens; with them, but by the codes alone
-VARIANTS = {PLAIN: ["--item-tokens", "0"], CODES: ["--item-loss", "0"]}
+SHORT = "-short"  # with one token an item in histories
+VARIANTS = {PLAIN: ["--item-tokens", "0"], CODES: ["--item-loss", "0"], SHORT: ["--short-histories"]}
 METHODS = ("nezha", "nezha-1", "nezha-2", "nezha-3", "nezha-4", "mtp", "ar")
 METHODS += tuple(method + variant for method in ("nezha", "ar") for variant in VARIANTS)
 SUBSET = ("datasets", "models", "methods", "seeds")
@@ -190,7 +191,7 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
 
 
 def variant_of(method: str) -> str:
-    """The ending of its name that says what it is trained without; empty for none."""
+    """The ending of its name that says what it is trained with or without; empty for none."""
     return next((variant for variant in VARIANTS if method.endswith(variant)), "")
 
 

@@ -11,14 +11,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.quality_plan import ALONE, CODES, CURVE, PARTS_OF_A_RUN, PLAIN, Places, Plan, runs, variant_of
+from benchmarks.quality_plan import ALONE, CODES, CURVE, PARTS_OF_A_RUN, PLAIN, SHORT, Places, Plan, runs, variant_of
 from nezha_vllm.ablations import LABELS
 
 UNVERIFIED = "NEZHA-4, no verification"
 OURS = LABELS["nezha"]
 NO_TOKENS = ", no item tokens"  # as in the paper
 NO_SCORES = ", no item scores"  # of models with item tokens
+SHORT_HISTORIES = ", short histories"  # one token an item
 OVER_CATALOGUE = ", softmax over the catalogue"
+PLANNED = {PLAIN: NO_TOKENS, CODES: NO_SCORES, SHORT: SHORT_HISTORIES}
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,10 @@ class Result:
     @property
     def planned_method(self) -> str:
         """The method without what options of the plan made of it."""
-        method = self.method.removesuffix(OVER_CATALOGUE).removesuffix(NO_SCORES).removesuffix(NO_TOKENS)
-        return method + {PLAIN: NO_TOKENS, CODES: NO_SCORES}.get(variant_of(self.run.split("/")[2]), "")
+        method = self.method
+        for label in (OVER_CATALOGUE, SHORT_HISTORIES, *PLANNED.values()):
+            method = method.removesuffix(label)
+        return method + PLANNED.get(variant_of(self.run.split("/")[2]), "")
 
     @property
     def measures_beside(self) -> bool:
@@ -80,6 +84,7 @@ def _method(row: Mapping[str, str], config: Mapping[str, Any]) -> str:
     # a weight of 0 that validation chose is a result, not a variant; before there was one, the loss was another
     scored = config.get("item_loss") and "item_score_weight" in config
     name += NO_TOKENS if not config.get("item_tokens") else "" if scored else NO_SCORES
+    name += SHORT_HISTORIES if config.get("item_tokens") and config.get("short_histories") else ""
     return name + (OVER_CATALOGUE if config.get("softmax") == "catalogue" else "")
 
 

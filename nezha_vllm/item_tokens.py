@@ -116,6 +116,4 @@ def checked(keys: np.ndarray, config: NezhaConfig, where: str) -> ItemTokens:
             f"{where}: {KEYS} in model.safetensors are not the {config.num_item_tokens} semantic IDs that config.json "
             "counts; keep both files of one checkpoint together, or train it anew"
         )
-    return ItemTokens(
-        keys, config.first_item_token, config.codec, config.code_token_offsets, config.short_histories
-    )
+    return ItemTokens(keys, config.first_item_token, config.codec, config.code_token_offsets, config.short_histories)

@@ -67,6 +67,7 @@ def make_checkpoint(
     softmax: str = "codes",
     item_tokens: int = 0,
     item_score_weight: float = 0.0,
+    short_histories: bool = False,
 ) -> Path:
     """A checkpoint with random weights, large enough for scores that are well apart, and items that share IDs.
 
@@ -89,11 +90,13 @@ def make_checkpoint(
     config.initializer_range, config.softmax = 0.15, softmax
     write_checkpoint(folder, config, tokenizer, catalogue, dtype=getattr(torch, dtype), seed=seed)
     if item_tokens:
-        give_item_tokens(folder, catalogue.keys[::2][:item_tokens], item_score_weight)
+        give_item_tokens(folder, catalogue.keys[::2][:item_tokens], item_score_weight, short_histories)
     return folder
 
 
-def give_item_tokens(folder: Path, keys: np.ndarray, item_score_weight: float = 0.0) -> None:
+def give_item_tokens(
+    folder: Path, keys: np.ndarray, item_score_weight: float = 0.0, short_histories: bool = False
+) -> None:
     """As training leaves them, with vectors that count for as much as those of the codes."""
     from transformers import AutoModelForCausalLM
 
@@ -105,7 +108,7 @@ def give_item_tokens(folder: Path, keys: np.ndarray, item_score_weight: float = 
     model.item_embeddings = ItemEmbeddings(model.config, keys, model.model.embed_tokens)
     model.item_embeddings.own.weight.data.normal_(std=0.15)
     model.settle_item_tokens()
-    model.config.item_score_weight = item_score_weight
+    model.config.item_score_weight, model.config.short_histories = item_score_weight, short_histories
     model.save_pretrained(folder)
 
 

@@ -187,11 +187,13 @@ def test_items_with_and_without_tokens_are_served_as_the_reference_has_them(smal
         ask(engine, [{"prompt_token_ids": [model.config.first_item_token]}])
 
 
-def test_items_scores_are_served_as_the_reference_has_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("short", [False, True], ids=["codes in histories", "short histories"])
+def test_items_scores_are_served_as_the_reference_has_them(tmp_path: Path, short: bool) -> None:
     from nezha_vllm.catalogue import Catalogue
     from nezha_vllm.hf.modeling import NezhaQwen3ForCausalLM
 
     options = {"family": "qwen3", "items": 400, "item_tokens": 150, "item_score_weight": 0.5}
+    options["short_histories"] = short
     folder = make_checkpoint(tmp_path / "scored", **options)
     model, catalogue = NezhaQwen3ForCausalLM.from_pretrained(folder).eval(), Catalogue.load(folder / "catalogue")
     history = [[f"item-{i}" for i in range(1, 12)], ["item-3", "item-17"]]

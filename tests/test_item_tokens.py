@@ -21,7 +21,7 @@ from nezha_vllm.hf.prompt import prompt_token_ids
 from nezha_vllm.item_tokens import KEYS, ItemTokens, load_item_tokens
 from nezha_vllm.semantic_id import SemanticIdCodec
 from nezha_vllm.training.item_embeddings import ItemEmbeddings, frequent_keys
-from nezha_vllm.training.packing import PackedCollator
+from nezha_vllm.training.packing import PackedCollator, packed, shortened
 
 SIZES, OFFSETS, FIRST = (3, 4, 5), (10, 20, 30), 100
 CODEC = SemanticIdCodec(SIZES)
@@ -53,6 +53,35 @@ def test_the_last_code_of_a_known_item_gives_way_wherever_it_stands(known: set, 
     item_tokens = ItemTokens(np.array(keys), FIRST, CODEC, OFFSETS)
     assert item_tokens.in_prompt(tokens) == plainly(tokens, keys)
     assert item_tokens.in_prompt(item_tokens.in_prompt(tokens)) == plainly(tokens, keys)
+
+
+def shortly(tokens: list[int], keys: list[int]) -> list[int]:
+    """From left to right, what is named is not looked at again."""
+    found, at = [], 0
+    while at < len(tokens):
+        name = plainly(tokens[at : at + 3], keys)[-1]
+        whole = name >= FIRST and name != tokens[min(at + 2, len(tokens) - 1)]
+        found.append(name if whole else tokens[at])
+        at += 3 if whole else 1
+    return found
+
+
+@given(
+    st.sets(st.integers(0, 59), min_size=1),
+    st.lists(st.one_of(st.integers(0, 59), st.sampled_from([5, 10, 11, 21, 33, 50])), max_size=12),
+    st.randoms(use_true_random=False),
+)
+def test_in_short_histories_a_token_stands_for_all_codes(known: set, parts: list, rng: random.Random):
+    keys, tokens, whole = sorted(known), [], []
+    for part in parts:
+        codes = (CODEC.codes_of_key(np.array([part]))[0] + OFFSETS).tolist()
+        tokens += codes if rng.random() < 0.7 else [part]
+        whole.append(codes)
+    item_tokens = ItemTokens(np.array(keys), FIRST, CODEC, OFFSETS, short=True)
+    assert item_tokens.in_prompt(tokens) == shortly(tokens, keys)
+    assert item_tokens.in_prompt(item_tokens.in_prompt(tokens)) == shortly(tokens, keys)
+    items = np.array(whole, np.int64).reshape(-1, 3)
+    assert item_tokens.history(items).tolist() == shortly(items.ravel().tolist(), keys)
 
 
 def test_the_most_frequent_items_of_the_training_sequences_get_one():
@@ -136,6 +165,33 @@ def test_training_rows_have_them_in_the_history_alone(model, hidden_share):
     assert (last >= config.first_item_token).all() == (hidden_share == 0)
     assert (batch["input_ids"][0, 15:] < config.first_item_token).all()
     assert batch["labels"][0].tolist() == codes[1:].tolist()
+
+
+@pytest.mark.parametrize("prefix", [(), (5, 6)])
+@pytest.mark.parametrize(("known", "short_rows"), [(20, False), (20, True), (6, False)])
+def test_short_histories_train_as_one_row_a_prefix(model, prefix, known, short_rows):
+    """Also where some items show all of their codes, between others that do not."""
+    codes = torch.from_numpy(model.config.codec.codes_of_key(model.item_tokens.keys[:20]))
+    tokens = model.item_tokens
+    every = slice(None) if known == 20 else slice(0, 20, 3)
+    short = ItemTokens(tokens.keys[every], tokens.first, tokens.codec, tokens.offsets, short=True)
+    pieces = [codes[:3], codes[3:8], codes[8:10], codes[10:14], codes[14:20]]
+    assert shortened(pieces, short, 0.0) == (known == 20)
+    assert not shortened(pieces, short, 0.3)
+    pack = PackedCollator(model.config, 5, prefix, item_tokens=short, short_rows=short_rows)
+    batch = pack(pieces)
+    width = len(prefix) + 5 * (1 if short_rows else 3) + 5 * 3
+    assert batch["input_ids"].shape[1] == width
+    found = model(**batch).hidden_states.flatten(0, 1)
+    rows, first, _ = packed([len(piece) - 1 for piece in pieces], 5)
+    expected = {}
+    for piece, row, place in zip(pieces, rows, first, strict=True):
+        for end in range(1, len(piece)):
+            prompt = prompt_token_ids(model.config, piece[:end].numpy(), prefix, short)
+            expected[5 * row + place + end - 1] = model.hidden_states_for(torch.tensor([prompt]))[0]
+    assert sorted(expected) == batch["labelled"].tolist()
+    for position, hidden in expected.items():
+        assert torch.allclose(found[position], hidden, atol=1e-4)
 
 
 def test_the_language_model_never_predicts_them(model):

@@ -288,13 +288,13 @@ def test_large_shapes(sizes, keys, widths, hidden, dtype, known):
         for n, width in enumerate(widths)
     ]
     apart = [difference for n in range(len(widths)) for difference in score_differences(found, expected, n)]
-    print(f"\n{sizes}: {np.mean(shared):.3f} of the ten best shared, scores of items that both found {max(apart):.3f} apart")
+    print(f"\n{sizes}: {np.mean(shared):.3f} of the ten best shared, their scores {max(apart):.3f} apart at most")
     assert np.mean(shared) > 0.85
     assert max(apart) < 0.1
 
 
 def score_differences(found: beam.Beams, expected: beam.Beams, request: int) -> list[float]:
-    """Of the items that both found. The best need not be one of them: it may stand at the end of a beam by its codes."""
+    """Of the items that both found: the best need not be one, by its codes it may stand at the end of a beam."""
     ours, theirs = (
         dict(zip(beams.index_NK[request].tolist(), beams.scores_NK[request].tolist(), strict=True))
         for beams in (found, expected)

@@ -77,7 +77,7 @@ class PackedCollator:
 
     ``item_tokens``: the model's; ``item_token_dropout`` is the probability with which an item shows its codes instead,
     as one does that training never saw. Where tokens stand for all codes of their items (``ItemTokens.short``), the
-    other L - 1 places of an item are empty, and nothing sees them; ``shortened`` rows have no such places, see `shortened`.
+    other L - 1 places of an item are empty, and nothing sees them; ``short_rows`` have no such places, see `shortened`.
 
     ``row_multiple``: empty rows are added up to a multiple of so many, so that few shapes occur and graphs can be
     replayed. More than one leaves out ``labelled``, whose length would hang on the pieces.
@@ -91,12 +91,12 @@ class PackedCollator:
     row_multiple: int = 1
     item_tokens: ItemTokens | None = None
     item_token_dropout: float = 0.0
-    shortened: bool = False
+    short_rows: bool = False
 
     @property
     def _slots(self) -> int:
         """Places of an item in a row."""
-        return 1 if self.shortened else self.config.num_levels
+        return 1 if self.short_rows else self.config.num_levels
 
     @property
     def _blot(self) -> int:

@@ -101,13 +101,15 @@ def save_trained(
 ) -> None:
     """Write the checkpoint folder; it appears complete or not at all.
 
-    ``training.json`` keeps the options, the model's method, softmax, number of item tokens, weight of their scores and
-    shape, the ``seconds`` that training took, and the ``validations``: epoch, loss and NDCG@10 of each.
+    ``training.json`` keeps the options, the model's method, softmax, number of item tokens, whether they shorten
+    histories, weight of their scores and shape, the ``seconds`` that training took, and the ``validations``: epoch,
+    loss and NDCG@10 of each.
     """
     note = asdict(options) | {
         "method": model.config.method,
         "softmax": model.config.softmax,
         "item_tokens": model.config.num_item_tokens,
+        "short_histories": model.config.short_histories,
         "item_score_weight": model.config.item_score_weight,
         "family": next(name for name, kind in CONFIG_CLASSES.items() if isinstance(model.config, kind)),
         "hidden": model.config.hidden_size,
