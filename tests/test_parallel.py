@@ -22,7 +22,7 @@ from test_metrics import scrape
 from test_startup import configure
 
 from nezha_vllm.catalogue import Catalogue
-from nezha_vllm.engine.config_hook import PARENTS_VERSION
+from nezha_vllm.engine.config_hook import PARENTS_VERSION, keep_worker_inside
 from nezha_vllm.engine.cpu_cores import BIND, core_lists, share_cores
 from nezha_vllm.engine.settings import ENGINES_HERE, workers_here
 
@@ -78,6 +78,33 @@ def test_an_engine_knows_of_the_others_on_its_machine(checkpoint: Path, monkeypa
     assert workers_here(configure(checkpoint).parallel_config) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "nezha", "expected"),
+    [
+        ({"data_parallel_size": 2}, {}, "uni"),
+        ({"data_parallel_size": 2}, {"worker_process": True}, "mp"),
+        ({"data_parallel_size": 2, "tensor_parallel_size": 2}, {}, "mp"),
+        ({"distributed_executor_backend": "mp"}, {}, "mp"),  # a single engine's is what the user has asked for
+    ],
+    ids=str,
+)
+def test_several_engines_keep_their_only_worker_inside(
+    checkpoint: Path, options: dict[str, Any], nezha: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Called by itself: CPUs cannot do without that process, and the hook lets them have it."""
+    for name in (ENGINES_HERE, BIND):
+        monkeypatch.setenv(name, "0")
+    config = configure(checkpoint, additional_config={"nezha": nezha}, **options)
+    assert config.parallel_config.distributed_executor_backend == "mp"
+    keep_worker_inside(config)
+    assert config.parallel_config.distributed_executor_backend == expected
+
+
+def test_a_worker_process_is_true_or_false(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="worker_process is 1, must be true or false"):
+        configure(checkpoint, additional_config={"nezha": {"worker_process": 1}})
+
+
 def test_pipeline_parallelism_is_refused_with_the_remedy(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="--pipeline-parallel-size: use --tensor-parallel-size"):
         configure(checkpoint, pipeline_parallel_size=2)
@@ -119,9 +146,18 @@ def test_data_parallel_engines_answer_as_one_and_end_together(llm: LLM, checkpoi
 
 
 def check_two_engines(
-    checkpoint: Path, log: Path, prompts: Sequence[Any], expected: Sequence[Ranking], more: Sequence[str] = ()
+    checkpoint: Path,
+    log: Path,
+    prompts: Sequence[Any],
+    expected: Sequence[Ranking],
+    more: Sequence[str] = (),
+    workers: int | None = None,
 ) -> None:
-    """Two engines behind one port: both work, answers are the expected ones, and the server ends when one is killed."""
+    """Two engines behind one port: both work, answers are the expected ones, and the server ends when one is killed.
+
+    Args:
+        workers: how many have a process of their own, if that is to be checked.
+    """
     with serving(checkpoint, log, "--enforce-eager", "--data-parallel-size", "2", *more) as server:
         server.wait_until_ready(timeout=500)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=60, max_retries=0)
@@ -148,6 +184,8 @@ def check_two_engines(
             of_engine = [complete(prompt, {"X-data-parallel-rank": rank}) for rank in ("0", "1")]
             assert of_engine[0] == of_engine[1]
 
+        if workers is not None:
+            assert sum("VLLM::Worker" in title for title in titles(server.process.pid).values()) == workers
         os.kill(engine_processes(server.process.pid)[1], signal.SIGKILL)
         deadline = time.monotonic() + 60
         while server.process.poll() is None and time.monotonic() < deadline:
@@ -170,15 +208,22 @@ def requests_by_engine(url: str) -> dict[str, float]:
 def engine_processes(leader: int) -> list[int]:
     """Process ids of the engines in a server's process group, in order of their ranks."""
     found = {}
+    for number, title in titles(leader).items():
+        if match := re.search(r"EngineCore_DP(\d+)", title):
+            found[int(match[1])] = number
+    return [found[rank] for rank in sorted(found)]
+
+
+def titles(leader: int) -> dict[int, str]:
+    """What the processes of a process group call themselves."""
+    found = {}
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and os.getpgid(int(entry.name)) == leader:
-                title = (entry / "cmdline").read_text()
-                if match := re.search(r"EngineCore_DP(\d+)", title):
-                    found[int(match[1])] = int(entry.name)
+                found[int(entry.name)] = (entry / "cmdline").read_text()
         except (ProcessLookupError, FileNotFoundError):
             continue
-    return [found[rank] for rank in sorted(found)]
+    return found
 
 
 @pytest.fixture
@@ -210,10 +255,16 @@ def test_tensor_parallel_gpus_answer_as_one(two_gpus: None, checkpoint: Path, en
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.parametrize("apart", [False, True], ids=["inside", "apart"])
 @pytest.mark.timeout(600)
-def test_data_parallel_gpus_answer_as_one_and_end_together(two_gpus: None, checkpoint: Path, tmp_path: Path) -> None:
+def test_data_parallel_gpus_answer_as_one_and_end_together(
+    two_gpus: None, checkpoint: Path, tmp_path: Path, apart: bool
+) -> None:
     prompts = [prompt_of(length, checkpoint) for length in LENGTHS] * 4
     engine = start(checkpoint, gpu_memory_utilization=0.2)
     expected = [of_output(output) for output in ask(engine, prompts)]
     engine.llm_engine.engine_core.shutdown()
-    check_two_engines(checkpoint, tmp_path / "log.txt", prompts, expected, ["--gpu-memory-utilization", "0.2"])
+    more = ["--gpu-memory-utilization", "0.2"]
+    if apart:
+        more += ["--additional-config", '{"nezha": {"worker_process": true}}']
+    check_two_engines(checkpoint, tmp_path / "log.txt", prompts, expected, more, 2 if apart else 0)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from packaging.version import Version
 
 from nezha_vllm.engine.cpu_cores import share_cores
-from nezha_vllm.engine.settings import ENGINES_HERE, POLL_SECONDS
+from nezha_vllm.engine.settings import ENGINES_HERE, POLL_SECONDS, ServerSettings
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
@@ -60,6 +60,7 @@ class NezhaConfigHook:
             set_cpu_defaults(vllm_config)
         elif current_platform.is_cuda():
             set_gpu_defaults(vllm_config)
+            keep_worker_inside(vllm_config)
         parallel = vllm_config.parallel_config
         worker = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
         if parallel.worker_cls not in ("auto", worker):
@@ -184,6 +185,20 @@ def set_gpu_defaults(vllm_config: VllmConfig) -> None:
         if attention.flash_attn_max_num_splits_for_cuda_graph == SPLITS_OF_VLLM:
             # a prefill fills the GPU without splitting its context, and saves the kernels that combine the parts
             attention.flash_attn_max_num_splits_for_cuda_graph = 1
+
+
+def keep_worker_inside(vllm_config: VllmConfig) -> None:
+    """Several engines of one worker each work as a single engine does, without a process more for the worker.
+
+    vLLM counts all engines' GPUs when it decides, so that each step of theirs crosses shared memory twice, though they
+    have nothing to tell each other. Whether the user has asked for that cannot be told: ``worker_process`` does.
+    """
+    parallel = vllm_config.parallel_config
+    one_each = parallel.data_parallel_size > 1 and parallel.world_size == 1 and parallel.data_parallel_backend == "mp"
+    if not one_each or parallel.distributed_executor_backend != "mp":
+        return
+    if not ServerSettings.from_vllm(vllm_config).worker_process:
+        parallel.distributed_executor_backend = "uni"
 
 
 def keep_steps_in_graphs(scheduler: SchedulerConfig, longest_prompt: int) -> None:

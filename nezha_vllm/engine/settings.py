@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 OPTIONS = (
     "catalogue", "catalogue_version", "catalogue_poll_seconds", "beam_width", "max_beam_width", "validity",
-    "shared_ids", "lean_step", "max_concurrent_requests",
+    "shared_ids", "lean_step", "worker_process", "max_concurrent_requests",
 )  # fmt: skip
 CONCURRENT_REQUESTS = 1024  # a second's work of an API process in front of a GPU
 ENGINES_HERE = "NEZHA_ENGINES_HERE"  # set for child processes: vLLM tells each of several dense engines it is alone
@@ -32,6 +32,7 @@ class ServerSettings:
     asked for a version.
     ``max_concurrent_requests`` is how many an API process works on at once, 0 for any number.
     ``lean_step`` allows the steps of ``engine/lean_step.py``, a matter of the server alone.
+    ``worker_process`` leaves each of several engines a process for its only worker, as vLLM has it.
     """
 
     catalogue: Path
@@ -42,6 +43,7 @@ class ServerSettings:
     validity: str
     shared_ids: str
     lean_step: bool
+    worker_process: bool
     max_concurrent_requests: int
 
     @classmethod
@@ -70,9 +72,10 @@ class ServerSettings:
             raise ValueError(f"validity is {values['validity']!r}, must be one of {VALIDITY_MODES}")
         if values["shared_ids"] not in SHARED_ID_POLICIES:
             raise ValueError(f"shared_ids is {values['shared_ids']!r}, must be one of {SHARED_ID_POLICIES}")
-        values["lean_step"] = options.get("lean_step", True)
-        if not isinstance(values["lean_step"], bool):
-            raise ValueError(f"lean_step is {values['lean_step']!r}, must be true or false")
+        for name, default in (("lean_step", True), ("worker_process", False)):
+            values[name] = options.get(name, default)
+            if not isinstance(values[name], bool):
+                raise ValueError(f"{name} is {values[name]!r}, must be true or false")
         most = values["max_concurrent_requests"] = options.get("max_concurrent_requests", CONCURRENT_REQUESTS)
         if type(most) is not int or most < 0:
             raise ValueError(f"max_concurrent_requests is {most!r}, must be a whole number, 0 for no limit")
