@@ -218,7 +218,7 @@ def test_a_wrong_plan_says_where(change, said, tmp_path):
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("quality.toml", 6 + (5 * 3 * (10 + 1) + 2 * 3 * 3 + 2 + 1) + 6 + 6),
+        ("quality.toml", 6 + (5 * 3 * (11 + 1) + 2 * 3 * 3 + 2 + 1) + 6 + 6),
         ("quality-search.toml", 49 + 97),
         ("quality-items.toml", 15 + 94),
         ("quality-curves.toml", 3 + 3),
