@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--widths", nargs="+", type=int, default=[10, 50, 512, 4096], metavar="K")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64], metavar="N", help="requests at once")
     parser.add_argument("--items", nargs="+", type=int, default=[57_288], metavar="M")
-    scores = "with item scores of so many items; 0: without them"
+    scores = "with item scores of so many items; 0: without"
     parser.add_argument("--item-tokens", nargs="+", type=int, default=[0], metavar="I", help=scores)
     parser.add_argument("--levels", type=int, default=3)
     parser.add_argument("--codes", type=int, default=512, help="of each level (default %(default)s)")
