@@ -19,8 +19,20 @@ DEFAULT = "async scheduling"
 
 def results(folder: Path, name: str, gpu: str = "", vllm: str = "") -> list[Row]:
     """Rows of ``NAME.csv`` that may stand in one table; empty without such a file."""
+    return newest(one_machine(measured(folder, name), gpu, vllm))
+
+
+def of_each_gpu(folder: Path, name: str, gpu: str = "", vllm: str = "") -> list[Row]:
+    """The same of every GPU whose name begins with ``gpu``; rows of two GPUs are no rows of one table."""
+    rows = [row for row in measured(folder, name) if row.gpu.startswith(gpu)]
+    each = [[row for row in rows if row.gpu == found] for found in dict.fromkeys(row.gpu for row in rows)]
+    return [row for found in each for row in newest(one_machine(found, vllm=vllm))]
+
+
+def measured(folder: Path, name: str) -> list[Row]:
+    """All rows of ``NAME.csv``; empty without such a file."""
     file = folder / f"{name}.csv"
-    return newest(one_machine(read(file), gpu, vllm)) if file.is_file() else []
+    return read(file) if file.is_file() else []
 
 
 def together(folder: Path, name: str, gpu: str = "", vllm: str = "") -> list[Row]:
@@ -29,10 +41,7 @@ def together(folder: Path, name: str, gpu: str = "", vllm: str = "") -> list[Row
     Models have their bare names: a label may add the GPU and vLLM's default, async scheduling, and rows whose label
     adds more are of something else.
     """
-    file = folder / f"{name}.csv"
-    if not file.is_file():
-        return []
-    rows = [_bare(row) for row in read(file) if row.gpu.startswith(gpu) and row.vllm.startswith(vllm)]
+    rows = [_bare(row) for row in measured(folder, name) if row.gpu.startswith(gpu) and row.vllm.startswith(vllm)]
     rows = sorted((row for row in rows if row.transport == "http" and ", " not in row.model), key=lambda row: row.date)
     places = [{(row.gpu, row.commit) for row in rows if row.system == system} for system in ("nezha", "vllm-beam")]
     both = [row for row in rows if (row.gpu, row.commit) in places[0] & places[1]]

@@ -15,11 +15,11 @@ PARTS = (INPUTS, LINEAR, ATTENTION, CACHE, NORMS, GATHER, COPIES, OTHER)
 DRAFT = ("request_products", "score_children", "select_beams", "context_states", "beam_products")
 DRAFT += ("item_products", "rank_items")
 
-# first that fits; FlashAttention's kernels have "cutlass" in their names, too
+# first that fits: FlashAttention's kernels have "cutlass" in their names, and what writes its cache has "flash"
 RULES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("fill_step_inputs",), INPUTS),
-    (("flash", "fmha", "attention", "attn"), ATTENTION),
     (("reshape_and_cache",), CACHE),
+    (("flash", "fmha", "attention", "attn"), ATTENTION),
     (("memcpy", "memset"), COPIES),
     (("nvjet", "gemm", "cutlass", "cublas", "gemv", "xmma", "splitk"), LINEAR),
     (("triton_", "norm", "act_and_mul", "rotary", "silu", "elementwise"), NORMS),

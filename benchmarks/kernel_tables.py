@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.choose import newest
 from benchmarks.markdown import NAMES, SHAPE, by, number, origin, shape_text, table, whole
-from benchmarks.rows import Row
+from benchmarks.rows import ITEM_TOKENS, Row
 from benchmarks.validity import costs
 
 CELL = ("items", "beam_width", "concurrency")
 STAGE = "draft stage"
+RUN = ("gpu", "commit", "ceiling_gb_per_s", "ceiling_tflop_per_s")  # no two runs measure the same ceilings
 
 
 def stages(rows: Sequence[Row]) -> str:
@@ -35,6 +37,38 @@ def _stages_of(rows: list[Row]) -> str:
     heads = ["items", "beam width", "requests", "µs, warm L2", "µs, cold L2", "floor µs", "cold to floor"]
     heads += [head for name in references for head in (f"{NAMES[name]} µs", "to warm")]
     return f"{shape_text(rows[0])}\n\n{table(heads, lines)}\n\n{origin(rows)}"
+
+
+def item_scores(rows: Sequence[Row]) -> str:
+    """What item scores add to the stage, from all rows of a machine.
+
+    A difference is of one run. Cells without one stand here only as long as no run has measured any both ways.
+    """
+    rows = [row for row in rows if row.part == STAGE and row.system == "triton" and row.us is not None]
+    without = {_cell_of_run(row): row for row in rows if not row.settings}
+    scored = [row for row in rows if row.settings.endswith(ITEM_TOKENS)]
+    scored = newest([row for row in scored if _cell_of_run(row) in without] or scored)
+    return "\n\n".join(_item_scores_of(found, without) for _, found in by(scored, *SHAPE))
+
+
+def _cell_of_run(row: Row) -> tuple[object, ...]:
+    return tuple(getattr(row, name) for name in (*RUN, *SHAPE, *CELL))
+
+
+def _item_scores_of(rows: list[Row], without: dict[tuple[object, ...], Row]) -> str:
+    lines = []
+    for _, cell in by(rows, *CELL):
+        for row in cell:
+            plain = without.get(_cell_of_run(row), Row())
+            known = int(row.settings.removesuffix(ITEM_TOKENS))
+            line = whole(row.items, known, row.beam_width, row.concurrency)
+            for before, us in ((plain.us, row.us), (plain.cold_us, row.cold_us)):
+                added = us - before if us is not None and before is not None else None
+                line += [number(before), number(us), number(added)]
+            lines.append([*line, number(row.floor_us)])
+    heads = ["items", "with a token", "beam width", "requests"]
+    heads += [head for l2 in ("warm", "cold") for head in (f"µs, {l2} L2", "with item scores", "added")]
+    return f"{shape_text(rows[0])}\n\n{table([*heads, 'floor with them'], lines)}\n\n{origin(rows)}"
 
 
 def parts(rows: Sequence[Row]) -> str:
@@ -83,11 +117,11 @@ def validity(rows: Sequence[Row]) -> str:
 
 
 def profile(rows: Sequence[Row], side: str) -> str:
-    """Parts of one request on one ``side``, "gpu" or "host"."""
+    """Parts of one request on one ``side``, "gpu" or "host", in a table a GPU."""
     rows = [row for row in rows if row.part.startswith(f"{side}: ") and row.us is not None]
     on_gpu = side == "gpu"
     texts = []
-    for (model, tokens, width, n), found in by(rows, "model", "engine_tokens", "beam_width", "n"):
+    for (model, tokens, width, n, _), found in by(rows, "model", "engine_tokens", "beam_width", "n", "gpu"):
         lines = []
         for row in found:
             line = [row.part.partition(": ")[2], number(row.us)]

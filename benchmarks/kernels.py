@@ -3,7 +3,7 @@
 python -m benchmarks.kernels --widths 10 50 512 4096 --batches 1 16 64
 python -m benchmarks.kernels --items 10000 57288 1000000 100000000 --widths 512 --batches 1
 python -m benchmarks.kernels --widths 512 --batches 1 --references eager compiled --no-parts
-python -m benchmarks.kernels --widths 512 --batches 1 64 --item-tokens 57288
+python -m benchmarks.kernels --widths 512 --batches 1 64 --item-tokens 0 57288
 python -m benchmarks.kernels --validity --items 57288 100000000
 
 The whole stage is the CUDA graph that serving replays, between two CUDA events; its kernels' own durations are the
@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import floors
 from benchmarks.kernel_rows import Recorder
-from benchmarks.rows import RESULTS
+from benchmarks.rows import ITEM_TOKENS, RESULTS
 
 if TYPE_CHECKING:
     from benchmarks.search_case import SearchCase
@@ -39,9 +39,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--widths", nargs="+", type=int, default=[10, 50, 512, 4096], metavar="K")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64], metavar="N", help="requests at once")
     parser.add_argument("--items", nargs="+", type=int, default=[57_288], metavar="M")
-    parser.add_argument(
-        "--item-tokens", type=int, default=0, metavar="I", help="with item scores of so many items; 0: without"
-    )
+    scores = "with item scores of so many items; 0: without"
+    parser.add_argument("--item-tokens", nargs="+", type=int, default=[0], metavar="I", help=scores)
     parser.add_argument("--levels", type=int, default=3)
     parser.add_argument("--codes", type=int, default=512, help="of each level (default %(default)s)")
     parser.add_argument("--hidden", type=int, default=2048)
@@ -74,27 +73,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure_grid(recorder: Recorder) -> None:
-    """Items, then widths, then batches: what has the same K shares its compiled kernels."""
+    """Items, then item tokens, widths and batches: what has the same K shares its compiled kernels."""
     from benchmarks.search_case import random_head
 
     arguments = recorder.arguments
     head = random_head(recorder.sizes, arguments.hidden, recorder.dtype)
     for items in arguments.items:
-        for where, plan in plans(recorder, head, items):
-            for width, batch in product(arguments.widths, arguments.batches):
-                guarded(recorder, head, plan, where | {"beam_width": width, "concurrency": batch})
-            del plan
+        for known in sorted({min(known, items) for known in arguments.item_tokens}):
+            for where, plan in plans(recorder, head, items, known):
+                for width, batch in product(arguments.widths, arguments.batches):
+                    guarded(recorder, head, plan, where | {"beam_width": width, "concurrency": batch})
+                del plan
 
 
-def plans(recorder: Recorder, head: Any, items: int) -> Iterator[tuple[dict[str, Any], Plan]]:
-    """The plan of a catalogue of so many items, or a row that says why there is none."""
+def plans(recorder: Recorder, head: Any, items: int, known: int) -> Iterator[tuple[dict[str, Any], Plan]]:
+    """The plan of so many items, of which ``known`` have a token, or a row that says why there is none.
+
+    The same ``items`` are the same catalogue, whatever is known of it.
+    """
     from benchmarks.search_case import every, random_items, random_keys
     from nezha_vllm.triton_search import Plan
 
     where: dict[str, Any] = {"items": items}
-    known = min(recorder.arguments.item_tokens, items)
     if known:
-        where["settings"] = f"{known} item tokens"
+        where["settings"] = f"{known}{ITEM_TOKENS}"
     if recorder.late():
         recorder.add("triton", "draft stage", **where, note="skipped: the time is spent")
         return

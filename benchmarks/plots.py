@@ -15,7 +15,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
 
-from benchmarks.choose import results, together
+from benchmarks.choose import of_each_gpu, results, together
 from benchmarks.markdown import NAMES, by, systems_of
 from benchmarks.rows import Row
 from benchmarks.served_tables import BOUND_MS
@@ -62,7 +62,7 @@ def draw_all(folder: Path, images: Path, gpu: str = "", vllm: str = "") -> Itera
             if figure is not None:
                 yield save(figure, images / f"{name}.svg")
         for file in timelines(folder):
-            yield save(draw_timeline(file, results(folder, "profile", gpu, vllm)), images / f"{file.stem}.svg")
+            yield save(draw_timeline(file, of_each_gpu(folder, "profile", vllm=vllm)), images / f"{file.stem}.svg")
 
 
 def save(figure: Any, path: Path) -> Path:

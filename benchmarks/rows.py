@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 RESULTS = Path(__file__).with_name("results")
+ITEM_TOKENS = " item tokens"  # end of the settings of kernels with item scores, behind how many items have a token
 BEHIND = 0.95  # of an open loop's rate: what answers fewer requests/s fell behind it
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import kernel_tables, served_tables
-from benchmarks.choose import results, together
+from benchmarks.choose import measured, of_each_gpu, one_machine, results, together
 from benchmarks.machine import ROOT
 from benchmarks.rows import RESULTS, Row
 from benchmarks.timeline import links
@@ -33,8 +33,6 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "kernel-parts": ("kernels", kernel_tables.parts),
     "validity": ("validity", kernel_tables.validity),
     "agreement": ("agreement", served_tables.agreement),
-    "profile-gpu": ("profile", lambda rows: kernel_tables.profile(rows, "gpu")),
-    "profile-host": ("profile", lambda rows: kernel_tables.profile(rows, "host")),
 }
 H200 = {f"{name}-h200": TABLES[name] for name in ("kernels", "kernel-parts")}  # beside those of most rows' GPU
 TOGETHER = {f"{name}-together": TABLES[name] for name in ("latency", "throughput")}
@@ -69,6 +67,9 @@ def make_tables(folder: Path, gpu: str = "", vllm: str = "") -> dict[str, str]:
     texts = {name: make(results(folder, file, gpu, vllm)) for name, (file, make) in TABLES.items()}
     texts |= {name: make(results(folder, file, "NVIDIA H200", vllm)) for name, (file, make) in H200.items()}
     texts |= {name: make(together(folder, file, gpu, vllm)) for name, (file, make) in TOGETHER.items()}
+    profiles = of_each_gpu(folder, "profile", gpu, vllm)
+    texts |= {f"profile-{side}": kernel_tables.profile(profiles, side) for side in ("gpu", "host")}
+    texts["item-scores"] = kernel_tables.item_scores(one_machine(measured(folder, "kernels"), gpu, vllm))
     texts["summary"] = served_tables.summary(*(results(folder, name, gpu, vllm) for name in ("latency", "throughput")))
     texts["timelines"] = links(folder)
     return {name: text for name, text in texts.items() if text}

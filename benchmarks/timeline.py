@@ -100,8 +100,8 @@ def draw_bars(axis: Any, rows: Sequence[Row]) -> None:
 
 
 def is_part(row: Row, found: dict[str, Any]) -> bool:
-    same = (row.model, row.engine_tokens, row.beam_width, row.n) == tuple(
-        found[name] for name in ("model", "prompt_tokens", "beam_width", "n")
+    same = (row.gpu, row.model, row.engine_tokens, row.beam_width, row.n) == tuple(
+        found[name] for name in ("gpu", "model", "prompt_tokens", "beam_width", "n")
     )
     return same and row.part.startswith("gpu: ") and row.part not in SUMS and row.us is not None
 

@@ -86,6 +86,7 @@ def test_kernels_are_sorted_into_parts_and_waiting_is_counted_once():
         [
             ("_fill_step_inputs", 0, 2),
             ("nvjet_tst_64x8", 3, 10),
+            ("void vllm::reshape_and_cache_flash_kernel<…>", 13, 1),
             ("void cutlass::device_kernel<flash::enable_sm90<…>>", 14, 4),
             ("triton_red_fused_rms_norm", 18, 2),
             ("Memcpy HtoD (Pinned -> Device)", 20, 1),
@@ -99,6 +100,7 @@ def test_kernels_are_sorted_into_parts_and_waiting_is_counted_once():
     assert [kernel.part for kernel in kernels] == [
         "input kernel",
         "linear layers",
+        "cache write",
         "attention",
         "norms, activations, rotary",
         "copies",
@@ -108,7 +110,7 @@ def test_kernels_are_sorted_into_parts_and_waiting_is_counted_once():
         "draft: select_beams",
         "draft: beam_products",
     ]
-    assert kernels[7].own == 2
+    assert kernels[8].own == 2
     parts = {part: us for part, us, _ in by_part([kernels])}
     assert parts["draft stage"] == 5 + 2 + 1 + 7
 
