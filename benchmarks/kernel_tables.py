@@ -11,7 +11,7 @@ from benchmarks.validity import costs
 
 CELL = ("items", "beam_width", "concurrency")
 STAGE = "draft stage"
-RUN = ("gpu", "commit", "ceiling_gb_per_s", "ceiling_tflop_per_s")  # no two runs measure the same ceilings
+HOUR = len("2026-01-01T00")  # of a date
 
 
 def stages(rows: Sequence[Row]) -> str:
@@ -42,24 +42,24 @@ def _stages_of(rows: list[Row]) -> str:
 def item_scores(rows: Sequence[Row]) -> str:
     """What item scores add to the stage, from all rows of a machine.
 
-    A difference is of one run. Cells without one stand here only as long as no run has measured any both ways.
+    A difference is of one hour, GPU and commit. Cells without one stand here only as long as none was measured both ways.
     """
     rows = [row for row in rows if row.part == STAGE and row.system == "triton" and row.us is not None]
-    without = {_cell_of_run(row): row for row in rows if not row.settings}
+    without = {_measured_together(row): row for row in rows if not row.settings}
     scored = [row for row in rows if row.settings.endswith(ITEM_TOKENS)]
-    scored = newest([row for row in scored if _cell_of_run(row) in without] or scored)
+    scored = newest([row for row in scored if _measured_together(row) in without] or scored)
     return "\n\n".join(_item_scores_of(found, without) for _, found in by(scored, *SHAPE))
 
 
-def _cell_of_run(row: Row) -> tuple[object, ...]:
-    return tuple(getattr(row, name) for name in (*RUN, *SHAPE, *CELL))
+def _measured_together(row: Row) -> tuple[object, ...]:
+    return row.date[:HOUR], *(getattr(row, name) for name in ("gpu", "commit", *SHAPE, *CELL))
 
 
 def _item_scores_of(rows: list[Row], without: dict[tuple[object, ...], Row]) -> str:
     lines = []
     for _, cell in by(rows, *CELL):
         for row in cell:
-            plain = without.get(_cell_of_run(row), Row())
+            plain = without.get(_measured_together(row), Row())
             known = int(row.settings.removesuffix(ITEM_TOKENS))
             line = whole(row.items, known, row.beam_width, row.concurrency)
             for before, us in ((plain.us, row.us), (plain.cold_us, row.cold_us)):

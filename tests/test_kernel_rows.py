@@ -27,10 +27,15 @@ STAGE |= {"levels": 3, "codes": 512, "hidden": 2048, "items": 7000, "beam_width"
 def stage(tmp_path):
     """Writes a row of the draft stage: µs, items with a token, and where and when it was measured."""
 
-    def add(us, known=0, ceiling=3000.0, commit="abc", gpu="GPU A", day=1, **more):
+    def add(us, known=0, commit="abc", gpu="GPU A", day=1, hour=9, minute=0, **more):
         settings = f"{known} item tokens" if known else ""
-        where = {"gpu": gpu, "commit": commit, "date": f"2026-01-{day:02}", "ceiling_gb_per_s": ceiling}
-        where |= {"ceiling_tflop_per_s": 700.0, "cold_us": 2 * us, "floor_us": us / 10}
+        where = {"gpu": gpu, "commit": commit, "date": f"2026-01-{day:02}T{hour:02}:{minute:02}:00+00:00"}
+        where |= {
+            "ceiling_gb_per_s": 3000.0 + minute,
+            "ceiling_tflop_per_s": 700.0,
+            "cold_us": 2 * us,
+            "floor_us": us / 10,
+        }
         append("kernels", Row(**STAGE | where | {"us": us, "settings": settings} | more), tmp_path)
 
     return add
@@ -88,14 +93,14 @@ ITEM_SCORES = """L = 3, T = 512, H = 2048, bfloat16
 GPU A; vLLM 0.32.0; commit abc; 2026-01-03; measured ceilings 3,000 GB/s and 700 TFLOP/s."""  # noqa: E501
 
 
-def test_what_item_scores_add_is_a_difference_within_one_run(stage, tmp_path):
+def test_what_item_scores_add_is_a_difference_within_one_hour(stage, tmp_path):
     stage(70.0, known=7000, day=2)
     assert "item-scores" in make_tables(tmp_path)
-    for other in ({"commit": "old"}, {"ceiling": 3001.0}, {"gpu": "GPU B"}, {"beam_width": 50}, {"items": 8000}):
-        stage(10.0, **other)
+    for other in ({"commit": "old"}, {"hour": 8}, {"gpu": "GPU B"}, {"beam_width": 50}, {"items": 8000}):
+        stage(10.0, day=2, **other)
     lonely = "| 7,000 | 7,000 | 10 | 1 | – | 70.0 | – | – | 140.0 | – | 7.0 |"
     assert lonely in make_tables(tmp_path)["item-scores"]
-    stage(40.0, day=3)
+    stage(40.0, day=3, minute=59)
     stage(44.0, known=500, day=3)
     stage(45.0, known=7000, day=3)
     stage(50.0, known=7000, commit="later", day=4)  # alone
