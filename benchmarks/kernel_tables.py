@@ -42,7 +42,7 @@ def _stages_of(rows: list[Row]) -> str:
 def item_scores(rows: Sequence[Row]) -> str:
     """What item scores add to the stage, from all rows of a machine.
 
-    A difference is of one hour, GPU and commit. Cells without one stand here only as long as none was measured both ways.
+    A difference is of one hour, GPU and commit. Cells without one stand here as long as none was measured both ways.
     """
     rows = [row for row in rows if row.part == STAGE and row.system == "triton" and row.us is not None]
     without = {_measured_together(row): row for row in rows if not row.settings}
