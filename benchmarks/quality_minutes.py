@@ -1,7 +1,8 @@
 """GPU minutes of runs that shared a GPU: every moment is divided among those that were at work.
 
 A row says when its evaluation ended, how long that and the training before it took, and which GPU it was on. Imports
-and what is done between the steps are not counted.
+and what is done between the steps are not counted. Jobs that were cut off have no row, so what they had of a GPU falls
+to those beside them: of several seeds the least is nearest to the truth.
 """
 
 from __future__ import annotations
@@ -65,10 +66,14 @@ def _spans(results: Sequence[Result]) -> list[Span]:
         spans.append(Span((run, EVALUATION), gpu, begin, end))
         for one in rows:
             seconds = one.config.get("train_seconds")
-            kind = [one.config.get(name) for name in ("method", "item_tokens", "item_loss", "softmax")]
+            kind = [
+                one.config.get(name) for name in ("method", "item_tokens", "item_loss", "softmax", "short_histories")
+            ]
             mark = one.dataset, one.model, *kind, one.seed, seconds
             if seconds and mark not in trained:
                 trained.add(mark)
+                if until := one.config.get("trained_until"):  # older rows: it was evaluated at once
+                    begin = datetime.fromisoformat(until).timestamp()
                 spans.append(Span((run, TRAINING), gpu, begin - seconds, begin))
                 begin -= seconds  # of several, one was trained after the other
     return spans

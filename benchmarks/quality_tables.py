@@ -32,7 +32,6 @@ from benchmarks.quality_rows import (
     SHORT_HISTORIES,
     UNVERIFIED,
     Result,
-    mean,
     planned,
     read,
     read_all,
@@ -60,13 +59,14 @@ Minutes = quality_curves.Minutes
 
 
 def main_table(results: Sequence[Result], dataset: str, minutes: Minutes) -> str:
-    """All methods on a data set, baselines first, then model by model; minutes are those of a run's training."""
+    """All methods on a data set, baselines first, then model by model; minutes are the least of its seeds."""
     lines = []
     for model, method in _rows(results, dataset):
         group = [one for one in results if one.group == (dataset, model, method)]
         cells = [spread([one.number(name) for one in group]) for name in METRICS]
-        trained = [minutes.get((one.run, TRAINING)) for one in group if one.config.get("train_seconds")]
-        lines.append([method, model or "–", str(len(group)), *cells, mean(trained, 2)])
+        trained = [minutes[one.run, TRAINING] for one in group if (one.run, TRAINING) in minutes]
+        least = f"{min(trained):.2f}" if trained else "–"
+        lines.append([method, model or "–", str(len(group)), *cells, least])
     return table(["", "backbone", "seeds", *HEADS], lines, left=2)
 
 

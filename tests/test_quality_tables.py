@@ -47,6 +47,8 @@ def test_a_shared_gpu_is_divided_among_those_at_work():
         result("d", 10, trained=60, seed=3, device="cpu"),
         result("e", 30, trained=120, seed=1, item_tokens=0),  # b's seconds, but another training
         result("f", 40, trained=120, seed=1, item_loss=0.0),
+        result("g", 58, trained=120, seed=4, trained_until="2026-01-01T00:52:00+00:00"),  # evaluated later
+        result("h", 52, seconds=60.0),
     ]
     minutes = gpu_minutes(rows)
     assert minutes["a", TRAINING] == pytest.approx(2 + 2 / 2)
@@ -56,6 +58,7 @@ def test_a_shared_gpu_is_divided_among_those_at_work():
     assert ("b-final", TRAINING) not in minutes
     assert minutes["e", TRAINING] == minutes["f", TRAINING] == pytest.approx(2)
     assert minutes["c", TRAINING] == pytest.approx(1)
+    assert minutes["g", TRAINING] == pytest.approx(1 + 1 / 2)
     assert not total(minutes, ["d"])
     assert total(minutes, ["a", "b"]) == pytest.approx(5)
     assert total(minutes, ["a", "b"], TRAINING) == pytest.approx(4)

@@ -152,7 +152,9 @@ def run(arguments: argparse.Namespace) -> int:
         seconds = round(time.perf_counter() - started, 1)
         save_trained(out, model, tokenizer, catalogue, dtype, options, seconds, trainer.validations)
         shutil.rmtree(run_folder, ignore_errors=True)
-        if model.config.num_item_tokens and options.item_loss:
-            console.print(f"item scores count {model.config.item_score_weight:g} times, by the validation items")
+        if found := trainer.ndcg_by_weight:
+            shown = ", ".join(f"{weight:g}: {ndcg:.4f}" for weight, ndcg in found.items())
+            weight = model.config.item_score_weight
+            console.print(f"item scores count {weight:g} times, by NDCG@10 of the validation items ({shown})")
         console.print(f"checkpoint -> {out}")
     return 0

@@ -138,8 +138,7 @@ def fit(
     if model.item_loss is not None:
         found = valid.ndcg_by_weight(model, ITEM_SCORE_BEAMS, (0.0, *WEIGHTS))
         model.config.item_score_weight, model.item_loss = max(found, key=lambda weight: found[weight]), None
-        shown = ", ".join(f"{ndcg:.4f} at {weight:g}" for weight, ndcg in found.items())
-        write(f"validation ndcg@10 by weight of item scores: {shown}")
+        trainer.ndcg_by_weight = found
     model.settle_item_tokens()
     return trainer
 

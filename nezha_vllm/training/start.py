@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,8 +103,8 @@ def save_trained(
     """Write the checkpoint folder; it appears complete or not at all.
 
     ``training.json`` keeps the options, the model's method, softmax, number of item tokens, whether they shorten
-    histories, weight of their scores and shape, the ``seconds`` that training took, and the ``validations``: epoch,
-    loss and NDCG@10 of each.
+    histories, weight of their scores and shape, the ``seconds`` that training took and until when, and the
+    ``validations``: epoch, loss and NDCG@10 of each.
     """
     note = asdict(options) | {
         "method": model.config.method,
@@ -116,6 +117,7 @@ def save_trained(
         "layers": model.config.num_hidden_layers,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "train_seconds": seconds,
+        "trained_until": datetime.now(UTC).isoformat(timespec="seconds"),
         "validations": [list(one) for one in validations],
     }
     with replacing(folder, "config.json") as scratch:

@@ -40,6 +40,7 @@ class NezhaTrainer(Trainer):
     def __init__(self, options: TrainingOptions, validate: Callable[[], dict[str, float]], **arguments: Any) -> None:
         super().__init__(**arguments)
         self.options, self.validate = options, validate
+        self.ndcg_by_weight: dict[float, float] = {}  # of item scores, on the validation items; set by `fit`
         one_gpu = self.args.device.type == "cuda" and self.args.world_size == 1
         wanted = one_gpu and not os.environ.get(EAGER)
         self.graphs = StepGraphs(self.model, self._loss) if wanted else None
