@@ -179,6 +179,12 @@ def check_two_engines(
         assert counted[f"nezha_catalogue_info|{Catalogue.load(checkpoint / 'catalogue').version}"] == 2
         assert counted["nezha_catalogue_items"] == MOVIES
 
+        before = requests_by_engine(server.url)
+        for length in range(1, 13):  # one at a time, on one connection, so all from one API process
+            complete(prompt_of(length, checkpoint))
+        gained = [now - before[engine] for engine, now in requests_by_engine(server.url).items()]
+        assert sorted(gained) == [0, 12], "an idle server's engines take turns"
+
         for length in range(101, 106):  # new to both engines, and alone in its step: to the last bit
             prompt = prompt_of(length, checkpoint)
             of_engine = [complete(prompt, {"X-data-parallel-rank": rank}) for rank in ("0", "1")]

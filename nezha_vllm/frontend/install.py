@@ -94,11 +94,13 @@ def _wrappers() -> list[tuple[type, str, tuple[str, ...], Callable[[Callable[...
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import DPLBAsyncMPClient
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
     from nezha_vllm.frontend.accepting import accept_more, balanced_server
     from nezha_vllm.frontend.guard import authentication_middleware, guard
+    from nezha_vllm.frontend.home_engine import stay_home
 
     server = balanced_server()
     build_response = ("final_res_batch", "request")
@@ -106,6 +108,7 @@ def _wrappers() -> list[tuple[type, str, tuple[str, ...], Callable[[Callable[...
     return [
         (InputProcessor, "process_inputs", ("request_id", "prompt", "params"), _process_inputs),
         (AsyncLLM, "_run_output_handler", (), _run_output_handler),
+        (DPLBAsyncMPClient, "get_core_engine_for_request", ("request",), stay_home),
         (RequestState, "from_new_request", ("tokenizer", "request"), _from_new_request),
         (OutputProcessor, "do_tracing", ("engine_core_output", "req_state"), _do_tracing),
         (authentication_middleware(), "__call__", ("scope", "receive", "send"), guard),
