@@ -107,6 +107,8 @@ class NezhaFields:
                 f"config.json: vocab_size is {self.vocab_size}, num_item_tokens {self.num_item_tokens}, "  # type: ignore[attr-defined]
                 f"but code_token_offsets or placeholder_token_ids reach token id {spans[-1].stop - 1}"
             )
+        if not isinstance(self.short_histories, bool):
+            raise ValueError(f"config.json: short_histories is {self.short_histories!r}, must be true or false")
         weight = self.item_score_weight
         if not (isinstance(weight, (int, float)) and 0 <= weight < float("inf")):
             raise ValueError(f"config.json: item_score_weight is {weight!r}, must be a number, 0 or positive")

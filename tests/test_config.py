@@ -15,6 +15,7 @@ FIELDS = {
     "max_beam_width": 9,
     "validity": "final",
     "num_item_tokens": 2,
+    "short_histories": True,
     "catalogue": "films",
 }
 SHAPES = {
@@ -40,8 +41,9 @@ def test_a_configuration_survives_its_file(tmp_path, backbone):
     assert config.codec.codebook_sizes == (4, 5, 6)
 
 
-def test_a_checkpoint_that_does_not_say_so_has_the_papers_softmax():
+def test_a_checkpoint_that_does_not_say_so_has_the_papers_softmax_and_all_codes_in_histories():
     assert NezhaLlamaConfig().softmax == "codes"
+    assert NezhaLlamaConfig().short_histories is False
 
 
 def test_registering_twice_is_harmless():
@@ -71,6 +73,8 @@ def test_configurations_do_not_share_their_lists():
         ({"placeholder_token_ids": [25, -1, 27]}, "placeholder_token_ids holds a negative"),
         ({"placeholder_token_ids": [25, 26, 26]}, "placeholder_token_ids use token id 26 twice"),
         ({"vocab_size": 29}, "vocab_size is 29, num_item_tokens 2, .* token id 27"),
+        ({"short_histories": "no"}, "short_histories is 'no', must be true or false"),
+        ({"short_histories": 1}, "short_histories is 1, must be true or false"),
         ({"validity": "never"}, "validity is 'never', must be one of"),
         ({"softmax": "items"}, "softmax is 'items', must be one of"),
         ({"softmax": "catalogue"}, "validity is 'final', a search over all codes"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from nezha_vllm.item_scores import ItemScores
 from nezha_vllm.item_tokens import ItemTokens
 from nezha_vllm.semantic_id import SemanticIdCodec
 from nezha_vllm.training.evaluation import HeldOut
-from nezha_vllm.training.fit import fit
+from nezha_vllm.training.fit import ITEM_SCORE_BEAMS, fit
 from nezha_vllm.training.item_loss import ItemLoss
 from nezha_vllm.training.metrics import ndcg
 from nezha_vllm.training.options import TrainingOptions
@@ -112,20 +113,22 @@ def test_beams_that_cover_the_catalogue_are_in_the_order_of_codes_and_items(fold
     torch.testing.assert_close(beams.log_probs_NKL.sum(2)[0, :found], beams.scores_NK[0, :found])
 
 
-@pytest.mark.parametrize("method", ["nezha", "mtp", "ar"])
-def test_training_chooses_the_weight_that_ranks_best(catalogue, rings, tmp_path, method):  # noqa: F811
+@pytest.mark.parametrize(("method", "short"), [("nezha", False), ("mtp", True), ("ar", False), ("ar", True)])
+def test_training_chooses_the_weight_that_ranks_best(catalogue, rings, tmp_path, method, short):  # noqa: F811
     model, _, _ = starting_model("scratch", catalogue, SHAPE, 0, method)
     split = rings.leave_one_out()
-    fit(model, catalogue, split, TrainingOptions(**(FAST | {"epochs": 4})), tmp_path / "run", write=lambda line: None)
+    split = replace(split, valid_history=[items[-1 - at % 3 :] for at, items in enumerate(split.valid_history)])
+    options = TrainingOptions(**(FAST | {"epochs": 4, "short_histories": short}))
+    fit(model, catalogue, split, options, tmp_path / "run", write=lambda line: None)
     ask = {"max_history": 6, "item_tokens": model.item_tokens}
     valid = HeldOut(model.config, catalogue, split.valid_history, split.valid_target, **ask)
     chosen, by_weight = model.config.item_score_weight, {}
     for weight in (0.0, 0.5, 4.0, chosen):
         model.config.item_score_weight = weight
-        by_weight[weight] = ndcg(valid.ranks(model, 10), 10)
+        by_weight[weight] = ndcg(valid.ranks(model, ITEM_SCORE_BEAMS), 10)
     assert by_weight[chosen] == max(by_weight.values())
     model.config.item_score_weight = 0.0
-    assert valid.ndcg_by_weight(model, 10, list(by_weight)) == pytest.approx(by_weight)
+    assert valid.ndcg_by_weight(model, ITEM_SCORE_BEAMS, list(by_weight)) == pytest.approx(by_weight)
 
 
 def test_the_products_alone_learn_what_follows(catalogue, rings, tmp_path):  # noqa: F811

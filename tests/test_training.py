@@ -288,6 +288,22 @@ def test_train_notes_softmax_and_item_tokens_also_those_it_went_on_from(catalogu
     assert config["num_item_tokens"] == notes["item_tokens"] == 5
 
 
+def test_short_histories_are_a_checkpoints_own(catalogue, rings, tmp_path, capsys):
+    rings.save(tmp_path / "rings")
+    catalogue.save(tmp_path / "catalogue")
+    words = ["train", str(tmp_path / "rings"), str(tmp_path / "catalogue"), "--epochs", "1", "--out"]
+    assert cli.main([*words, str(tmp_path / "none"), "--item-tokens", "0", "--short-histories"]) == 2
+    assert "short histories are made of item tokens" in capsys.readouterr().err
+    for name, asked, other in (("short", ["--short-histories"], "no-short"), ("codes", [], "short")):
+        assert cli.main([*words, str(tmp_path / name), *asked]) == 0
+        on = [*words, str(tmp_path / "more"), "--backbone", str(tmp_path / name)]
+        assert cli.main([*on, f"--{other}-histories"]) == 2
+        assert f"leave --{other}-histories out" in capsys.readouterr().err
+        assert cli.main([*on, "--item-token-dropout", "0"]) == 0
+        for file in ("config.json", "training.json"):
+            assert json.loads((tmp_path / "more" / file).read_text())["short_histories"] == (name == "short")
+
+
 def test_learning_rates_and_decay_by_part(catalogue):
     model, _ = start(catalogue)
     groups = parameter_groups(model, TrainingOptions(**(PRETRAINED | {"weight_decay": 0.1})))

@@ -133,7 +133,13 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True, soft_wrap=True)
     catalogue = Catalogue.load(arguments.catalogue)
     model, tokenizer, dtype = starting_model(
-        arguments.backbone, catalogue, arguments, options.seed, arguments.method, arguments.softmax
+        arguments.backbone,
+        catalogue,
+        arguments,
+        options.seed,
+        arguments.method,
+        arguments.softmax,
+        arguments.short_histories,
     )
     console.print(
         f"{dataset.name}: {dataset.counts}; {model.config.num_hidden_layers} layers of {model.config.hidden_size}"

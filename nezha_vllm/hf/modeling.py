@@ -105,7 +105,7 @@ class _NezhaMixin(PreTrainedModel):
         if read_positions is None:
             if attention_mask.dim() != 2:
                 raise ValueError("a 4-D attention_mask needs read_positions")
-            read_positions = self._last_positions(attention_mask)[:, None]
+            read_positions = self._last_positions(attention_mask, self.config.num_reads)[:, None]
         hidden_NQH = self.model(
             inputs_embeds=self.embedded(input_ids),
             attention_mask=attention_mask,
@@ -250,9 +250,8 @@ class _NezhaMixin(PreTrainedModel):
             for name, rows in self._tied_weights().items():
                 own[name].copy_(rows)
 
-    def _last_positions(self, attention_mask: Tensor) -> Tensor:
-        """Indices [N, S] of the last tokens that are no padding."""
-        width = self.config.num_reads
+    def _last_positions(self, attention_mask: Tensor, width: int) -> Tensor:
+        """Indices [N, width] of the last tokens that are no padding."""
         if int(attention_mask.sum(-1).min()) < width:
             raise ValueError(f"every prompt needs at least {width} tokens: one of history and what follows it")
         index_NQ = torch.arange(attention_mask.shape[1], device=attention_mask.device).expand_as(attention_mask)
@@ -269,7 +268,11 @@ class _NezhaMixin(PreTrainedModel):
 
     def first_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """h_0 [N, H] of prompts as they are served, [N, Q]."""
-        return self.hidden_states_for(input_ids, attention_mask)[:, -1 if self.config.method == AUTOREGRESSIVE else 0]
+        if self.config.method != AUTOREGRESSIVE:
+            return self.hidden_states_for(input_ids, attention_mask)[:, 0]
+        # the last token's: a prompt may be a single one, which is too short for a target's other codes to be behind it
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self(input_ids, mask, read_positions=self._last_positions(mask, 1)[:, None]).hidden_states[:, 0, 0]
 
     def recommend(
         self,

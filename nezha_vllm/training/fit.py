@@ -64,6 +64,8 @@ def fit(
         raise ValueError(
             f"{len(options.level_weights)} level weights, the catalogue has {model.config.num_levels} levels"
         )
+    if options.short_histories and not (options.item_tokens or model.config.num_item_tokens):
+        raise ValueError("short histories are made of item tokens: ask for some, or leave --short-histories out")
     segments = Segments(codes_of(split.train, catalogue), options.max_history)
     if options.item_tokens and not model.config.num_item_tokens:
         keys = frequent_keys(segments.sequences, model.config.codec, options.item_tokens)

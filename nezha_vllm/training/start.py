@@ -36,6 +36,7 @@ def starting_model(
     seed: int,
     method: str | None = None,
     softmax: str | None = None,
+    short_histories: bool | None = None,
 ) -> tuple[NezhaModel, PreTrainedTokenizerBase, torch.dtype]:
     """Model in float32, tokenizer, and the precision to save in.
 
@@ -44,6 +45,7 @@ def starting_model(
         shape: ``family``, ``hidden``, ``layers``, ``heads`` and ``intermediate`` of a model from scratch.
         method: one of ``config.METHODS``; None is ``nezha``, or a NEZHA checkpoint's own.
         softmax: one of ``config.SOFTMAX_OVER``; None is ``codes``, or a NEZHA checkpoint's own.
+        short_histories: what was asked for; a checkpoint with item tokens has its own, and is refused for another.
     """
     register_models()
     torch.manual_seed(seed)
@@ -72,6 +74,11 @@ def starting_model(
         if softmax not in (None, stored.softmax):
             raise ValueError(
                 f"--backbone {backbone} is a checkpoint with a softmax over {stored.softmax}: leave --softmax out"
+            )
+        if stored.num_item_tokens and short_histories not in (None, stored.short_histories):
+            has, asked = ("short", "no-short") if stored.short_histories else ("no short", "short")
+            raise ValueError(
+                f"--backbone {backbone} is a checkpoint with {has} histories: leave --{asked}-histories out"
             )
         model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(backbone), saved_dtype
