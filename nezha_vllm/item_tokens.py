@@ -1,8 +1,9 @@
 """Tokens of semantic IDs: in a history, the last code of an item that training knew gives way to a token of its own.
 
 Three codes name an item by what it shares with others; what users did with this very item is learnt by a vector of its
-own (see ``training.item_embeddings``). The prompt is as long as before, and an item that training did not know keeps
-its codes. Item tokens are the last ids of the vocabulary, in the order of their semantic IDs.
+own (see ``training.item_embeddings``). The prompt is as long as before; with ``short_histories`` the token stands for
+all codes, and it is shorter. An item that training did not know keeps its codes. Item tokens are the last ids of the
+vocabulary, in the order of their semantic IDs.
 """
 
 from __future__ import annotations

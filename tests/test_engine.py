@@ -14,6 +14,8 @@ import torch
 from answers import assert_same_answer, of_output
 from conftest import BLOCK_SIZE, LEVELS, in_process, make_checkpoint
 
+from nezha_vllm.hf.prompt import history_prompts
+
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
@@ -214,6 +216,31 @@ def test_items_scores_are_served_as_the_reference_has_them(tmp_path: Path, short
     assert without != [[item for item, _ in ranking] for ranking in reference(200, 512)]
     with in_process(folder, max_model_len=64, num_gpu_blocks_override=16, load_format="dummy") as engine:
         assert len(of_output(ask(engine, prompts[:1], n=5)[0])) == 5  # whatever became of the weights
+
+
+def test_short_histories_are_the_same_in_chunks_and_from_the_cache(tmp_path: Path) -> None:
+    """Of one item and more, with and without tokens; the caller gets the codes back that it could have sent."""
+    from nezha_vllm.catalogue import Catalogue
+    from nezha_vllm.hf.modeling import NezhaLlamaForCausalLM
+
+    folder = make_checkpoint(tmp_path / "short", items=400, item_tokens=150, short_histories=True)
+    model, catalogue = NezhaLlamaForCausalLM.from_pretrained(folder).eval(), Catalogue.load(folder / "catalogue")
+    rng = np.random.default_rng(0)
+    histories = [[f"item-{i}" for i in rng.integers(1, 401, length)] for length in range(1, 3 * BLOCK_SIZE)]
+    prompts = [{"prompt": "".join(f"<item:{item}>" for item in items)} for items in histories]
+    expected = model.recommend(histories, N, catalogue=catalogue, beam_width=64)
+    read = [len(prompt) for prompt in history_prompts(model.config, catalogue, histories, (), model.item_tokens)]
+    with in_process(folder, max_model_len=512, num_gpu_blocks_override=400, max_num_batched_tokens=16) as engine:
+        hits = 0
+        for ask_each in (True, True, False):
+            asked = [ask(engine, [prompt], beam_width=64)[0] for prompt in prompts] if ask_each else None
+            outputs = asked or ask(engine, prompts, beam_width=64)
+            for items, output, ranking, length in zip(histories, outputs, expected, read, strict=True):
+                assert_same_answer(of_output(output), [(item.item_id, item.score) for item in ranking])
+                assert len(output.prompt_token_ids) == 3 * len(items) + 3 >= length
+                assert output.num_cached_tokens <= length - 4
+                hits += output.num_cached_tokens > 0
+        assert hits > BLOCK_SIZE
 
 
 def test_offline_beam_search_equals_generate(llm: LLM, checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""Prompts as token ids: the tokenizer's prefix, L tokens an item, L placeholders, nothing behind them.
+"""Prompts as token ids: the tokenizer's prefix, L tokens an item or one, L placeholders, nothing behind them.
 
 Those of the language model end with the history.
 """
@@ -50,7 +50,7 @@ def prompt_token_ids(
 ) -> list[int]:
     """Token ids of one request from the codes [items, L] of its history, oldest item first.
 
-    ``item_tokens``: the model's, which take the place of last codes.
+    ``item_tokens``: the model's, which take the place of last codes, or of all.
     """
     codes = np.asarray(history_codes, np.int64).reshape(-1, config.num_levels)
     if len(codes) == 0:

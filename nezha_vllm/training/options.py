@@ -10,7 +10,8 @@ class TrainingOptions:
     """``*_rate`` are relative to ``learning_rate``; a batch counts rows of up to ``max_history`` targets each.
 
     ``item_tokens``: of the most frequent items, at most, see ``nezha_vllm.item_tokens``; 0 for none, and a checkpoint
-    that is trained on keeps its own. ``item_token_dropout``: see ``packing``.
+    that is trained on keeps its own; ``short_histories``: whether each stands for all codes of its item, which such a
+    checkpoint keeps, too. ``item_token_dropout``: see ``packing``.
     ``level_weights``: of the levels' losses, empty for equal ones. ``tie_codes``: see ``regularise.tie_codes``;
     ``item_loss``: weight of the loss of items that have a token, see ``nezha_vllm.item_scores``;
     ``average``: decay a step of averaged weights, 0 for none.
