@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
@@ -86,13 +87,30 @@ def test_examples_are_python_that_compiles() -> None:
         ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def test_readme_names_the_two_commands_and_only_files_that_exist() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "```\nmake demo\nmake test\n```" in readme
-    links = [part.split(")")[0] for part in readme.split("](")[1:]]
-    local = [link for link in links if not link.startswith("http")]
-    assert local
-    assert [link for link in local if not (ROOT / link).exists()] == []
+def test_readme_names_the_two_commands() -> None:
+    assert "```\nmake demo\nmake test\n```" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_documents_link_only_to_files_and_headings_that_exist() -> None:
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.md")]
+    local = [
+        (document, *link.partition("#")[::2])
+        for document in documents
+        for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8"))
+        if not link.startswith("http")
+    ]
+    assert any(heading for _, _, heading in local)
+    for document, file, heading in local:
+        target = document.parent / file if file else document
+        assert target.exists(), f"{document.name} links to {file}"
+        assert not heading or heading in headings(target), f"{document.name} links to {file}#{heading}"
+
+
+def headings(document: Path) -> set[str]:
+    """As a link names them: lower case, hyphens for blanks, no other punctuation."""
+    lines = document.read_text(encoding="utf-8").splitlines()
+    titles = (line.lstrip("#").strip().lower() for line in lines if line.startswith("#"))
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
 
 
 def test_no_file_is_two_ideas() -> None:
