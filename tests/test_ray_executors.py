@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +125,11 @@ def check_server(
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=60, max_retries=0)
         model = client.models.list().data[0].id
 
+        engine = cycle(map(str, range(engines)))  # one at a time they would stay with the first
+
         def complete(prompt: Any) -> Any:
-            return client.completions.create(model=model, prompt=prompt["prompt_token_ids"], n=N)
+            tokens, to = prompt["prompt_token_ids"], {"X-data-parallel-rank": next(engine)}
+            return client.completions.create(model=model, prompt=tokens, n=N, extra_headers=to)
 
         prompts = [prompt_of(length, checkpoint) for length in LENGTHS]
         for prompt, other in zip(prompts, expected, strict=True):

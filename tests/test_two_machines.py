@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +77,11 @@ def test_two_machines_answer_as_one_follow_the_store_and_end_together(
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60, max_retries=0)
         model = client.models.list().data[0].id
 
+        engine = cycle(["0", "1"])  # one at a time they would stay with the first
+
         def complete(prompt: Any) -> Any:
-            return client.completions.create(model=model, prompt=prompt["prompt_token_ids"], n=N)
+            tokens, to = prompt["prompt_token_ids"], {"X-data-parallel-rank": next(engine)}
+            return client.completions.create(model=model, prompt=tokens, n=N, extra_headers=to)
 
         prompts = [prompt_of(length, checkpoint) for length in LENGTHS] * 2
         for prompt, output in zip(prompts, ask(llm, prompts), strict=True):
