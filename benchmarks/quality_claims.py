@@ -12,9 +12,9 @@ from nezha_vllm.ablations import FREE_LABEL, LABELS
 from nezha_vllm.training.significance import Difference
 
 BEAM_SEARCHES = {FREE_LABEL: "beam search", LABELS["ar"]: "constrained beam search"}
-WITHOUT = SHORT_HISTORIES, NO_SCORES, NO_TOKENS
-BEAM_SEARCHES |= {f"{label}{less}": f"{name}{less}" for less in WITHOUT for label, name in BEAM_SEARCHES.items()}
-RIVALS = BEAM_SEARCHES | {f"{OURS}{less}": f"{OURS}{less}" for less in WITHOUT} | {LABELS["mtp"]: "MTP"}
+VARIANTS = SHORT_HISTORIES, NO_SCORES, NO_TOKENS
+BEAM_SEARCHES |= {f"{label}{kind}": f"{name}{kind}" for kind in VARIANTS for label, name in BEAM_SEARCHES.items()}
+RIVALS = BEAM_SEARCHES | {f"{OURS}{kind}": f"{OURS}{kind}" for kind in VARIANTS} | {LABELS["mtp"]: "MTP"}
 RIVALS |= {LABELS[f"nezha-{n}"]: f"NEZHA-{n}" for n in (1, 2, 3)} | {UNVERIFIED: "NEZHA-4"}
 # Hit@10 and NDCG@10 on the 5-core of 22,363 users, leave-one-out, full ranking
 PUBLISHED = {

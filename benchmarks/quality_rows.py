@@ -63,7 +63,7 @@ class Result:
     def planned_method(self) -> str:
         """The method without what options of the plan made of it."""
         method = self.method
-        for label in (OVER_CATALOGUE, SHORT_HISTORIES, *PLANNED.values()):
+        for label in (OVER_CATALOGUE, *reversed(PLANNED.values())):  # in the order of _method, from its end
             method = method.removesuffix(label)
         return method + PLANNED.get(variant_of(self.run.split("/")[2]), "")
 

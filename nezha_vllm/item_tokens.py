@@ -41,6 +41,12 @@ class ItemTokens:
         self.keys, self.first, self.codec = np.ascontiguousarray(keys, np.int64), first, codec
         self.offsets, self.short = np.asarray(offsets, np.int64), short
 
+    @classmethod
+    def of(cls, keys: np.ndarray, config: NezhaConfig) -> ItemTokens:
+        """Those of a model with this configuration."""
+        offsets, short = config.code_token_offsets, config.short_histories
+        return cls(keys, config.first_item_token, config.codec, offsets, short)
+
     def __len__(self) -> int:
         return len(self.keys)
 
@@ -67,25 +73,14 @@ class ItemTokens:
         By look-ups in a dictionary: 8 to 23 µs for 128 tokens, of which NumPy's calls would take 60.
         """
         levels = len(self.offsets)
-        if self.short:
-            return self._shortened(token_ids)
         items = zip(*(token_ids[level:] for level in range(levels)), strict=False)
-        return [*token_ids[: levels - 1], *map(self._by_codes.get, items, token_ids[levels - 1 :])]
-
-    def _shortened(self, token_ids: Sequence[int]) -> list[int]:
-        levels, by_codes = len(self.offsets), self._by_codes
-        names = [*map(by_codes.get, zip(*(token_ids[level:] for level in range(levels)), strict=False))]
-        if not any(names):
-            return list(token_ids)
-        found, at, end = [], 0, len(names)
-        while at < end:
+        if not self.short:
+            return [*token_ids[: levels - 1], *map(self._by_codes.get, items, token_ids[levels - 1 :])]
+        names, found, at = [*map(self._by_codes.get, items)], [], 0
+        while at < len(names):
             name = names[at]
-            if name is None:
-                found.append(token_ids[at])
-                at += 1
-            else:
-                found.append(name)
-                at += levels
+            found.append(token_ids[at] if name is None else name)
+            at += 1 if name is None else levels
         return [*found, *token_ids[at:]]
 
     @cached_property
@@ -117,4 +112,4 @@ def checked(keys: np.ndarray, config: NezhaConfig, where: str) -> ItemTokens:
             f"{where}: {KEYS} in model.safetensors are not the {config.num_item_tokens} semantic IDs that config.json "
             "counts; keep both files of one checkpoint together, or train it anew"
         )
-    return ItemTokens(keys, config.first_item_token, config.codec, config.code_token_offsets, config.short_histories)
+    return ItemTokens.of(keys, config)

@@ -56,7 +56,7 @@ def test_requests_that_come_one_at_a_time_stay_with_one_engine(index, home):
     assert one_at_a_time(api_process(index, last), 7) == [home] * 7
 
 
-def test_other_models_requests_are_vllms(monkeypatch):
+def test_other_models_requests_are_vllms():
     assert len(set(one_at_a_time(api_process(1), 7, ours=False))) == len(ENGINES)
 
 

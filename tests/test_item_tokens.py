@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,22 +40,6 @@ def plainly(tokens: list[int], keys: list[int]) -> list[int]:
     return found
 
 
-@given(
-    st.sets(st.integers(0, 59), min_size=1),
-    st.lists(st.one_of(st.integers(0, 59), st.sampled_from([5, 10, 11, 21, 33, 50])), max_size=12),
-    st.randoms(use_true_random=False),
-)
-def test_the_last_code_of_a_known_item_gives_way_wherever_it_stands(known: set, parts: list, rng: random.Random):
-    keys, tokens = sorted(known), []
-    for part in parts:
-        whole = rng.random() < 0.7
-        codes = CODEC.codes_of_key(np.array([part]))[0] + OFFSETS
-        tokens += codes.tolist() if whole else [part]
-    item_tokens = ItemTokens(np.array(keys), FIRST, CODEC, OFFSETS)
-    assert item_tokens.in_prompt(tokens) == plainly(tokens, keys)
-    assert item_tokens.in_prompt(item_tokens.in_prompt(tokens)) == plainly(tokens, keys)
-
-
 def shortly(tokens: list[int], keys: list[int]) -> list[int]:
     """From left to right, what is named is not looked at again."""
     found, at = [], 0
@@ -66,22 +51,23 @@ def shortly(tokens: list[int], keys: list[int]) -> list[int]:
     return found
 
 
+@pytest.mark.parametrize(("short", "expected"), [(False, plainly), (True, shortly)])
 @given(
     st.sets(st.integers(0, 59), min_size=1),
     st.lists(st.one_of(st.integers(0, 59), st.sampled_from([5, 10, 11, 21, 33, 50])), max_size=12),
     st.randoms(use_true_random=False),
 )
-def test_in_short_histories_a_token_stands_for_all_codes(known: set, parts: list, rng: random.Random):
-    keys, tokens, whole = sorted(known), [], []
-    for part in parts:
-        codes = (CODEC.codes_of_key(np.array([part]))[0] + OFFSETS).tolist()
-        tokens += codes if rng.random() < 0.7 else [part]
-        whole.append(codes)
-    item_tokens = ItemTokens(np.array(keys), FIRST, CODEC, OFFSETS, short=True)
-    assert item_tokens.in_prompt(tokens) == shortly(tokens, keys)
-    assert item_tokens.in_prompt(item_tokens.in_prompt(tokens)) == shortly(tokens, keys)
-    items = np.array(whole, np.int64).reshape(-1, 3)
-    assert item_tokens.history(items).tolist() == shortly(items.ravel().tolist(), keys)
+def test_the_last_code_of_a_known_item_gives_way_or_all_wherever_they_stand(
+    short: bool, expected: Callable, known: set, parts: list, rng: random.Random
+):
+    keys = sorted(known)
+    items = CODEC.codes_of_key(np.array(parts, np.int64)) + OFFSETS
+    pieces = [codes.tolist() if rng.random() < 0.7 else [part] for codes, part in zip(items, parts, strict=True)]
+    tokens = [token for piece in pieces for token in piece]
+    item_tokens = ItemTokens(np.array(keys), FIRST, CODEC, OFFSETS, short)
+    assert item_tokens.in_prompt(tokens) == expected(tokens, keys)
+    assert item_tokens.in_prompt(item_tokens.in_prompt(tokens)) == expected(tokens, keys)
+    assert item_tokens.history(items).tolist() == expected(items.ravel().tolist(), keys)
 
 
 def test_the_most_frequent_items_of_the_training_sequences_get_one():

@@ -170,25 +170,24 @@ def check_two_engines(
         with ThreadPoolExecutor(8) as pool:
             for found, other in zip(pool.map(complete, prompts), expected, strict=True):
                 assert_same_answer(found, other)
-        assert sum(requests_by_engine(server.url).values()) == len(prompts)
+        answered = requests_by_engine(server.url)
+        assert sorted(answered) == ["0", "1"]
+        assert all(answered.values())
+        assert sum(answered.values()) == len(prompts)
         counted = scrape(server.url)  # of two API processes, each with numbers of its own
         assert counted["nezha_requests_total|answered"] == counted["nezha_items_returned_count"] == len(prompts)
         assert counted[f"nezha_catalogue_info|{Catalogue.load(checkpoint / 'catalogue').version}"] == 2
         assert counted["nezha_catalogue_items"] == MOVIES
 
-        before = requests_by_engine(server.url)
         for length in range(1, 13):  # one at a time, on one connection, so all from one API process
             complete(prompt_of(length, checkpoint))
-        gained = [now - before[engine] for engine, now in requests_by_engine(server.url).items()]
+        gained = [now - answered[engine] for engine, now in requests_by_engine(server.url).items()]
         assert sorted(gained) == [0, 12], "an idle server's engines take turns"
 
         for length in range(101, 106):  # new to both engines, and alone in its step: to the last bit
             prompt = prompt_of(length, checkpoint)
             of_engine = [complete(prompt, {"X-data-parallel-rank": rank}) for rank in ("0", "1")]
             assert of_engine[0] == of_engine[1]
-        answered = requests_by_engine(server.url)
-        assert sorted(answered) == ["0", "1"]
-        assert min(answered.values()) >= 5, "each answers what it is asked"
 
         if workers is not None:
             assert sum("VLLM::Worker" in title for title in titles(server.process.pid).values()) == workers

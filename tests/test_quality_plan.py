@@ -78,6 +78,7 @@ def test_a_plan_runs_from_raw_files_to_tables(places, tmp_path, capsys):
     assert {row["beam_width"] for row in rows} == {"20", "5"}
     notes = [json.loads(row["config"]) for row in rows if row["validity"]]
     assert all(note["train_seconds"] > 0 and [one[0] for one in note["validations"]] == [1] for note in notes)
+    assert all(json.loads(row["config"])["trained_until"] <= row["date"] for row in rows if row["validity"])
     results = quality_rows.read(places.results)
     kept = quality_gaps.kept_at(places.results)
     gaps = quality_gaps.gaps(results, places.work / "ranks", kept)

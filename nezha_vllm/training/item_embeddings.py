@@ -33,9 +33,7 @@ class ItemEmbeddings(nn.Module):
 
     def __init__(self, config: NezhaConfig, keys: np.ndarray, embed_tokens: nn.Embedding) -> None:
         super().__init__()
-        self.tokens = ItemTokens(
-            keys, config.first_item_token, config.codec, config.code_token_offsets, config.short_histories
-        )
+        self.tokens = ItemTokens.of(keys, config)
         self.embed_tokens = [embed_tokens]  # not a submodule of this one, too
         self.own = nn.Embedding(len(keys), config.hidden_size)
         nn.init.zeros_(self.own.weight)
