@@ -5,7 +5,7 @@ python -m benchmarks.run benchmarks/plans/h100.toml --folder models --only nezha
 
 A server starts once, and everything asked of its systems follows. Steps are made one after the other, since two that
 share a machine's cores disturb each other. One that fails is reported at the end, and the others are made.
-With --together all servers start at once and wait for their turn, idle: they need a minute or two each, and a machine
+With --together all servers start at once and wait for their turn, held: they need a minute or two each, and a machine
 of several GPUs has the cores for it.
 """
 
@@ -143,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(f"{name}: {error}", file=sys.stderr, flush=True)
             for server in servers.values():  # while one starts, others would be slow
                 server.wait()
+            for server in servers.values():
+                server.hold()
             print("all servers have started", flush=True)
         for step in steps:
             start = time.monotonic()
@@ -218,9 +220,15 @@ class StepServer:
             with suppress(ServerError):
                 self.server.wait_until_ready()
 
+    def hold(self) -> None:
+        """Until it is asked: also a server that nobody asks takes some of the cores."""
+        if self.server is not None:
+            self.server.pause()
+
     def ask(self) -> None:
         """Everything of the step, once it is ready. Raises ``RuntimeError`` with the server's words."""
         assert self.server is not None, "it has started"
+        self.server.resume()
         alone, loaded = (Recorder(name, self.asked, self.workload) for name in ("latency", "throughput"))
         needed = 0 if wrk.installed() else self.asked.processes
         try:

@@ -125,12 +125,20 @@ class Server:
             time.sleep(0.25)
         raise ServerError(f"the server was not ready after {timeout:.0f} s{self._log_tail()}")
 
+    def pause(self) -> None:
+        """Hold all of its processes: they use no core until ``resume``, and answer nothing."""
+        _signal_group(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        _signal_group(self.process.pid, signal.SIGCONT)
+
     def stop(self) -> None:
         """End the server and every process that it started; returns when they are gone."""
         if self._process is None:
             return
         group = self._process.pid
         _signal_group(group, signal.SIGTERM)
+        self.resume()  # what is held would not hear of it
         try:
             self._wait_for_group(group, STOP_SECONDS)
         finally:  # also after a second Ctrl-C

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,7 +114,8 @@ def test_servers_start_together_and_each_is_asked_in_its_turn(tmp_path, monkeypa
     @contextmanager
     def starting(system, checkpoint, vllm_args, gpus, cores):
         told.append(f"start {gpus} {cores} {vllm_args[-1]}")
-        yield SimpleNamespace(wait_until_ready=lambda: told.append(f"ready {gpus}"))
+        says = {"wait_until_ready": "ready", "pause": "hold", "resume": "go on"}
+        yield SimpleNamespace(**{name: partial(told.append, f"{word} {gpus}") for name, word in says.items()})
         told.append(f"stop {gpus}")
 
     def ask(step, target, *_):
@@ -139,18 +141,16 @@ def test_servers_start_together_and_each_is_asked_in_its_turn(tmp_path, monkeypa
     assert told == [
         *starts,
         *(f"ready {gpu}" for gpu in range(3)),
-        "ask a",
-        "stop 0",
-        "ask b",
-        "stop 1",
-        "ask c",
-        "stop 2",
+        *(f"hold {gpu}" for gpu in range(3)),
+        *("go on 0", "ask a", "stop 0"),
+        *("go on 1", "ask b", "stop 1"),
+        *("go on 2", "ask c", "stop 2"),
     ]
     assert "failed: b\n" in capfd.readouterr().err
     assert made == [0]
     told.clear()
     assert main([*where, "--only", "c"]) == 0
-    assert told == ["start 2 0-1 bfloat16", "ask c", "stop 2"]
+    assert told == ["start 2 0-1 bfloat16", "go on 2", "ask c", "stop 2"]
 
 
 def test_a_step_that_is_not_planned_is_refused(tmp_path, capsys):

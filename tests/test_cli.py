@@ -227,6 +227,29 @@ def test_leaving_the_block_ends_the_server_and_its_children(stubborn_server: ser
     assert not any(map(is_running, pids))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_held_server_rests_goes_on_and_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True)\nwhile True: pass"
+    monkeypatch.setattr(server, "command", lambda checkpoint, arguments: [sys.executable, "-c", busy])
+
+    def states(pids: list[int], wanted: set[str]) -> set[str]:
+        found, until = set(), time.monotonic() + 10
+        while found != wanted and time.monotonic() < until:
+            found = {Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in pids}
+        return found
+
+    with server.Server(tmp_path, server.free_port(), log=tmp_path / "server.log") as running:
+        pids, at_rest = pids_of(running), {"T"}
+        running.pause()
+        assert states(pids, at_rest) == at_rest
+        running.resume()
+        assert states(pids, {"R", "S"}) == {"R", "S"}
+        running.pause()
+        begun = time.monotonic()
+    assert time.monotonic() - begun < server.STOP_SECONDS / 2  # by SIGTERM
+    assert not any(map(is_running, pids))
+
+
 def test_a_server_that_ends_by_itself_is_reported_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = [sys.executable, "-c", "print('no catalogue at x'); raise SystemExit(3)"]
     monkeypatch.setattr(server, "command", lambda checkpoint, arguments: program)
