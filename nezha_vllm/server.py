@@ -80,6 +80,7 @@ class Server:
         self._argv = [*prefix, *command(checkpoint, [*arguments, "--host", host, "--port", str(port)])]
         self._environment = environment(checkpoint)
         self._process: subprocess.Popen[bytes] | None = None
+        self._waker: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
         output: IO[bytes] | None = self.log.open("wb") if self.log else None
@@ -126,11 +127,22 @@ class Server:
         raise ServerError(f"the server was not ready after {timeout:.0f} s{self._log_tail()}")
 
     def pause(self) -> None:
-        """Hold all of its processes: they use no core until ``resume``, and answer nothing."""
+        """Hold all of its processes: they use no core until ``resume``, and answer nothing.
+
+        One that is held does not hear that this process was killed: a shell waits for that, and lets it go on.
+        """
+        if self._waker is None:
+            wake = ["sh", "-c", 'read line; kill -s CONT -- "-$0"', str(self.process.pid)]
+            self._waker = subprocess.Popen(
+                wake, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+            )
         _signal_group(self.process.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
         _signal_group(self.process.pid, signal.SIGCONT)
+        if self._waker is not None:
+            self._waker.communicate()  # the end of its input ends it
+            self._waker = None
 
     def stop(self) -> None:
         """End the server and every process that it started; returns when they are gone."""
@@ -138,8 +150,8 @@ class Server:
             return
         group = self._process.pid
         _signal_group(group, signal.SIGTERM)
-        self.resume()  # what is held would not hear of it
         try:
+            self.resume()  # what is held would not hear of it
             self._wait_for_group(group, STOP_SECONDS)
         finally:  # also after a second Ctrl-C
             _signal_group(group, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -248,6 +249,33 @@ def test_a_held_server_rests_goes_on_and_can_be_stopped(tmp_path: Path, monkeypa
         begun = time.monotonic()
     assert time.monotonic() - begun < server.STOP_SECONDS / 2  # by SIGTERM
     assert not any(map(is_running, pids))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from nezha_vllm import server
+server.command = lambda checkpoint, arguments: [sys.executable, "-c", "import time; time.sleep(600)"]
+with server.Server(Path(), server.free_port(), log=Path(sys.argv[1])) as held:
+    held.pause()
+    while Path(f"/proc/{held.process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        pass
+    print(held.process.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_a_held_server_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    parent = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "log")], stdout=subprocess.PIPE, check=False)
+    pid, until = int(parent.stdout), time.monotonic() + 20
+    try:
+        while is_running(pid) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not is_running(pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_server_that_ends_by_itself_is_reported_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
