@@ -38,11 +38,10 @@ class ItemLoss(nn.Module):
         keys_V = (codes_VL * self.suffixes).sum(1)
         target_V = torch.searchsorted(self.keys, keys_V).clamp(max=len(self.keys) - 1)
         counts_V = counts_V & (self.keys[target_V] == keys_V)
-        logits_VI = F.linear(hidden_VH, items_IH).float()
         if lesson is None:
-            loss_V = F.cross_entropy(logits_VI, target_V, reduction="none")
+            loss_V = F.cross_entropy(F.linear(hidden_VH, items_IH).float(), target_V, reduction="none")
         else:
-            log_p_VI = logits_VI.log_softmax(1)
+            log_p_VI = F.linear(hidden_VH, items_IH).float().log_softmax(1)
             true_V = log_p_VI.gather(1, target_V[:, None])[:, 0]
             loss_V = (lesson.weight - 1) * true_V - lesson.weight * (log_p_VI * lesson.p_VI).sum(1)
         return self.weight * (loss_V * counts_V).sum() / counts_V.sum().clamp(min=1)

@@ -1,8 +1,8 @@
 """What a student is taught beside the true items: a distribution over items, and what it says of every level's codes.
 
 With A the teachers' weight and p the mean of their softmaxes, the item loss of a target is (1 - A) · CE(true item) +
-A · CE(p), and that of level l is (1 - A) · CE(true code) + A · CE(p_l), p_l what p gives to the level's codes among items
-that share the target's codes before it. Shapes as in ``hf.modeling``; I items that have a token.
+A · CE(p), and that of level l is (1 - A) · CE(true code) + A · CE(p_l), p_l what p gives to its codes among items that
+share the target's codes before it. Shapes as in ``hf.modeling``; I items that have a token.
 """
 
 from __future__ import annotations

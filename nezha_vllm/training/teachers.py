@@ -70,7 +70,7 @@ class Teachers:
                 save_file(made.model.state_dict(), partial)
                 partial.replace(path)
             model = SasRecModel(len(items), self.sasrec).to(self.device)
-        model.load_state_dict(load_file(path, device=str(self.device)))
+        model.load_state_dict(load_file(path))
         self.members.append(SasRecTeacher(model, self.sasrec.heads, self.tokens, self.catalogue))
 
     @torch.no_grad()
