@@ -31,6 +31,7 @@ from nezha_vllm.config import AUTOREGRESSIVE, NezhaConfig
 from nezha_vllm.item_tokens import ItemTokens
 
 IGNORED = -100
+Places = tuple[Tensor, Tensor, Tensor, int]  # see `places`
 
 
 class Segments(Dataset[Tensor]):
@@ -131,10 +132,14 @@ class PackedCollator:
         mask_QQ, position_Q, read_PS, place_Q = (tensor.to(self.device) for tensor in layout)
         return mask_QQ, position_Q, read_PS, place_Q
 
-    def __call__(self, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
+    def where(self, pieces: Sequence[Tensor]) -> Places:
+        """Where their targets go, for several that read the same pieces."""
+        return places([len(codes) - 1 for codes in pieces], self.max_history, self.row_multiple)
+
+    def __call__(self, pieces: Sequence[Tensor], where: Places | None = None) -> dict[str, Tensor]:
         levels, targets, lead, slots = self.config.num_levels, self.max_history, len(self.prefix), self._slots
         offsets = torch.tensor(self.config.code_token_offsets)
-        row_V, first_V, place_V, count = places([len(codes) - 1 for codes in pieces], targets, self.row_multiple)
+        row_V, first_V, place_V, count = self.where(pieces) if where is None else where
         history_VL = torch.cat([codes[:-1] for codes in pieces]) + offsets
         empty_VL = None
         if self.item_tokens is not None:
@@ -218,7 +223,7 @@ def shortened(sequences: Sequence[Tensor], item_tokens: ItemTokens | None, item_
     return bool(np.isin(keys, item_tokens.keys).all())
 
 
-def places(used: Sequence[int], capacity: int, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor, int]:
+def places(used: Sequence[int], capacity: int, multiple: int = 1) -> Places:
     """Where the targets of pieces go, int64 [V] each: row, the place in it where the piece starts, the target's own.
 
     And the number of rows, a multiple of ``multiple``. ``used``: targets of each piece; ``capacity``: of a row.

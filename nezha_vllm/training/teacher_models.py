@@ -20,14 +20,14 @@ from nezha_vllm.hf.modeling import register_models
 from nezha_vllm.item_tokens import ItemTokens, load_item_tokens
 from nezha_vllm.training.graphs import fuse_norms
 from nezha_vllm.training.options import SASREC
-from nezha_vllm.training.packing import PackedCollator, places
+from nezha_vllm.training.packing import PackedCollator, Places
 from nezha_vllm.training.sasrec import PADDING, SasRecModel
 from nezha_vllm.training.start import load_trained, training_note
 
 if TYPE_CHECKING:
     from nezha_vllm.catalogue import Catalogue
 
-Reader = Callable[[Sequence[Tensor]], dict[str, Tensor]]
+Reader = Callable[[Sequence[Tensor], Places], dict[str, Tensor]]  # numbered pieces, and where they go
 
 
 class NezhaTeacher:
@@ -63,8 +63,8 @@ class NezhaTeacher:
             short_rows=short_rows,
         )
 
-        def read(pieces: Sequence[Tensor]) -> dict[str, Tensor]:
-            batch = pack([codes[:, :-1] for codes in pieces])
+        def read(pieces: Sequence[Tensor], where: Places) -> dict[str, Tensor]:
+            batch = pack([codes[:, :-1] for codes in pieces], where)
             end = pack.history_end
             return {
                 "ids": batch["input_ids"][:, :end],
@@ -105,8 +105,8 @@ class SasRecTeacher:
         targets, device = student.max_history, student.device
         index_P = torch.arange(targets, device=device)
 
-        def read(pieces: Sequence[Tensor]) -> dict[str, Tensor]:
-            row_V, first_V, place_V, count = places([len(codes) - 1 for codes in pieces], targets, student.row_multiple)
+        def read(pieces: Sequence[Tensor], where: Places) -> dict[str, Tensor]:
+            row_V, first_V, place_V, count = where
             items_NP = torch.full((count, targets), PADDING)
             items_NP[row_V, place_V] = torch.cat([codes[:-1, -1] for codes in pieces]) + 1
             first_NP = torch.full((count, targets), targets)  # unused places, at the end, are a piece of their own

@@ -108,10 +108,11 @@ class TaughtCollator:
         return cls(student, {name: teacher.reader(student, short_rows) for name, teacher in pairs})
 
     def __call__(self, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
-        batch = self.student([codes[:, :-1] for codes in pieces])
+        where = self.student.where(pieces)
+        batch = self.student([codes[:, :-1] for codes in pieces], where)
         with torch.random.fork_rng([]):  # what the student draws next is what it would without teachers
             for name, reader in self.readers.items():
-                batch |= {name + key: value for key, value in reader(pieces).items()}
+                batch |= {name + key: value for key, value in reader(pieces, where).items()}
         return batch
 
 
