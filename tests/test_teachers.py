@@ -130,8 +130,9 @@ def test_a_checkpoint_says_in_rows_what_it_says_of_one_prefix(catalogue, checkpo
     """Of the history as it is, whatever the student's lost."""
     folder = checkpoint(method, **options)
     tokens = load_trained(folder).model.item_tokens
-    teachers = Teachers(TrainingOptions(teachers=(str(folder),)), tokens, catalogue, NO_SPLIT, CPU)
-    [teacher] = teachers.members
+    students = ItemTokens(tokens.keys, tokens.first + 90, tokens.codec, tokens.offsets + 90, tokens.short)
+    teachers = Teachers(TrainingOptions(teachers=(str(folder),)), students, catalogue, NO_SPLIT, CPU)
+    [teacher] = teachers.members  # of another vocabulary than the student's
     teacher.prefix = prefix
     pieces = pieces_of(catalogue)[1]
     codes = [piece[:, :-1] for piece in pieces]
