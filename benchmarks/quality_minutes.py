@@ -69,7 +69,7 @@ def _spans(results: Sequence[Result]) -> list[Span]:
             kind = [
                 one.config.get(name) for name in ("method", "item_tokens", "item_loss", "softmax", "short_histories")
             ]
-            mark = one.dataset, one.model, *kind, one.seed, seconds
+            mark = one.dataset, one.model, *kind, *(one.config.get("teachers") or ()), one.seed, seconds
             if seconds and mark not in trained:
                 trained.add(mark)
                 if until := one.config.get("trained_until"):  # older rows: it was evaluated at once

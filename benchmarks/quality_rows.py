@@ -19,6 +19,7 @@ OURS = LABELS["nezha"]
 NO_TOKENS = ", no item tokens"  # as in the paper
 NO_SCORES = ", no item scores"  # of models with item tokens
 SHORT_HISTORIES = ", short histories"  # one token an item
+TAUGHT = ", with teachers"
 OVER_CATALOGUE = ", softmax over the catalogue"
 PLANNED = {PLAIN: NO_TOKENS, CODES: NO_SCORES, SHORT: SHORT_HISTORIES}
 
@@ -63,7 +64,7 @@ class Result:
     def planned_method(self) -> str:
         """The method without what options of the plan made of it."""
         method = self.method
-        for label in (OVER_CATALOGUE, *reversed(PLANNED.values())):  # in the order of _method, from its end
+        for label in (TAUGHT, OVER_CATALOGUE, *reversed(PLANNED.values())):  # in the order of _method, from its end
             method = method.removesuffix(label)
         return method + PLANNED.get(variant_of(self.run.split("/")[2]), "")
 
@@ -85,7 +86,8 @@ def _method(row: Mapping[str, str], config: Mapping[str, Any]) -> str:
     scored = config.get("item_loss") and "item_score_weight" in config
     name += NO_TOKENS if not config.get("item_tokens") else "" if scored else NO_SCORES
     name += SHORT_HISTORIES if config.get("item_tokens") and config.get("short_histories") else ""
-    return name + (OVER_CATALOGUE if config.get("softmax") == "catalogue" else "")
+    name += OVER_CATALOGUE if config.get("softmax") == "catalogue" else ""
+    return name + (TAUGHT if config.get("teachers") else "")
 
 
 def planned(paths: Sequence[Path]) -> set[str]:

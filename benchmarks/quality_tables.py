@@ -30,6 +30,7 @@ from benchmarks.quality_rows import (
     OURS,
     OVER_CATALOGUE,
     SHORT_HISTORIES,
+    TAUGHT,
     UNVERIFIED,
     Result,
     planned,
@@ -46,7 +47,8 @@ METRICS = ("hit@5", "hit@10", "ndcg@5", "ndcg@10", "hit@500", "valid")
 HEADS = ("Hit@5", "Hit@10", "NDCG@5", "NDCG@10", "Hit@500", "valid beams", "GPU minutes")
 ORDER = [*BASELINES.values(), FREE_LABEL, LABELS["ar"], LABELS["mtp"], *(LABELS[f"nezha-{n}"] for n in (1, 2, 3))]
 ORDER += [UNVERIFIED, OURS]
-VARIANTS = [less + softmax for less in ("", SHORT_HISTORIES, NO_SCORES, NO_TOKENS) for softmax in ("", OVER_CATALOGUE)]
+LESS = "", SHORT_HISTORIES, NO_SCORES, NO_TOKENS
+VARIANTS = [less + softmax + taught for less in LESS for softmax in ("", OVER_CATALOGUE) for taught in ("", TAUGHT)]
 ORDER = [f"{method}{variant}" for method in ORDER for variant in VARIANTS]
 PLANS = ROOT / "benchmarks" / "plans"
 LEVELS = PLANS / "quality-curves.toml"

@@ -134,6 +134,14 @@ def test_options_of_a_method_come_after_those_of_all(plan):
     assert (found["ar"].item_token_dropout, found["nezha"].item_token_dropout) == (0, 0.3)
 
 
+def test_a_plan_trains_with_teachers(plan):
+    before = words(plan, "nezha")
+    plan.write_text(PLAN.replace("train = [", 'train = ["--teacher", "sasrec", '))
+    found = {method: trained(plan, method) for method in ("nezha", "ar")}
+    assert all((one.teachers, one.method) == (["sasrec"], method) for method, one in found.items())
+    assert found["nezha"].out not in before
+
+
 def test_options_of_a_method_make_other_runs_of_that_method_alone(plan):
     before = {job.name for job in runs(Plan.load(plan), NOWHERE)}
     plan.write_text(PLAN.replace('"4e-3"', '"5e-3"'))
@@ -173,6 +181,14 @@ def test_options_of_a_method_that_the_plan_does_not_train_are_refused(plan, name
         ("NEZHA", OLD, {"validity": "final"}, "NEZHA-4, no verification, no item tokens"),
         ("language model, beam search", WITH, {"validity": "final"}, "language model, beam search"),
         ("language model, beam search", OLD, {"validity": "final"}, "language model, beam search, no item tokens"),
+        ("NEZHA", WITH | {"teachers": []}, {}, "NEZHA"),
+        ("NEZHA", WITH | {"teachers": ["sasrec"]}, {}, "NEZHA, with teachers"),
+        (
+            "NEZHA",
+            OVER_CATALOGUE | {"teachers": ["sasrec"]},
+            {},
+            "NEZHA, softmax over the catalogue, with teachers",
+        ),
         ("popularity", None, {}, "popularity"),
     ],
 )

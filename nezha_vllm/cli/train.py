@@ -66,6 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "weight of a loss over items with tokens, whose scores then count beside their codes; 0: codes alone",
     )
     parser.add_argument(
+        "--teacher",
+        nargs="+",
+        dest="teachers",
+        metavar="WHAT",
+        help="recommenders whose distributions over items are targets, too: sasrec, which is trained first, or folders "
+        "of checkpoints with the same catalogue and item tokens; of several the mean (default none)",
+    )
+    option("--teacher-weight", float, "teacher_weight", "share of the teachers in the targets of items and codes")
+    parser.add_argument(
         "--level-weights", type=_weights, metavar="W,W,…", help="of the levels' losses, relative (default equal)"
     )
     parser.add_argument(
@@ -115,6 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_replaceable(out, "config.json")
     given = {field.name: getattr(arguments, field.name) for field in fields(TrainingOptions)}
     chosen = {name: value for name, value in given.items() if value is not None}
+    chosen["teachers"] = tuple(arguments.teachers or ())
     options = TrainingOptions(**(chosen if arguments.backbone == "scratch" else PRETRAINED | chosen))
     dataset = Dataset.load(arguments.dataset)
 

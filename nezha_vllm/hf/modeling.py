@@ -6,7 +6,7 @@ batch that have labels, or all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from nezha_vllm.item_tokens import KEYS, ItemTokens, checked
 if TYPE_CHECKING:
     from nezha_vllm.catalogue import Catalogue
     from nezha_vllm.training.item_embeddings import ItemEmbeddings
+    from nezha_vllm.training.lesson import Lesson
 
 IGNORED = -100
 
@@ -51,11 +52,12 @@ class _NezhaMixin(PreTrainedModel):
         if config.method != AUTOREGRESSIVE:
             self.draft_head = HEADS[config.method](config.hidden_size, config.codebook_sizes)
             self.draft_head.over_catalogue = config.softmax == "catalogue"
-        # of training alone, see training.regularise and training.item_loss
+        # of training alone, see training.regularise, training.item_loss and training.teachers
         self.label_smoothing = 0.0
         self.level_weights: Sequence[float] = ()
         self.tied_codes: Sequence[str] = ()
         self.item_loss: nn.Module | None = None
+        self.teachers: Callable[[Mapping[str, Tensor], Tensor | None], Lesson] | None = None
         self.keys_M: Tensor | None = None  # of the catalogue, on the model's device, for a softmax over it
         self.item_embeddings: ItemEmbeddings | None = None
         if config.num_item_tokens:
@@ -79,7 +81,7 @@ class _NezhaMixin(PreTrainedModel):
         read_positions: Tensor | None = None,
         labels: Tensor | None = None,
         labelled: Tensor | None = None,
-        **_: object,
+        **taught: Tensor,
     ) -> NezhaOutput:
         """Hidden states at the read positions and, with labels, the loss under teacher forcing.
 
@@ -92,6 +94,7 @@ class _NezhaMixin(PreTrainedModel):
             labels: codes of the targets, [N, P, L] or [N, L]; targets with -100 do not count.
             labelled: positions [V] among the N · P targets of those that count; without them all are computed and
                 V is N · P, a shape that does not hang on the labels.
+            taught: what the model's teachers read, if it has some; in training alone.
 
         Returns:
             ``hidden_states`` [N, P, S, H], ``loss`` and ``logits``; the loss is the mean over targets and levels.
@@ -127,9 +130,10 @@ class _NezhaMixin(PreTrainedModel):
         counts_V = labels_VL[:, 0] != IGNORED
         labels_VL = torch.where(counts_V[:, None], labels_VL, self._any_codes(labels_VL))
         logits = self.code_log_probs(hidden_VSH, labels_VL)
-        loss = self._loss(logits, labels_VL, counts_V)
+        lesson = self.teachers(taught, labelled) if self.teachers is not None and self.training else None
+        loss = self._loss(logits, labels_VL, counts_V, lesson)
         if self.item_loss is not None:
-            loss = loss + self.item_loss(hidden_VSH[:, 0], self.item_vectors(), labels_VL, counts_V)
+            loss = loss + self.item_loss(hidden_VSH[:, 0], self.item_vectors(), labels_VL, counts_V, lesson)
         return NezhaOutput(loss, tuple(logits), hidden_NPSH)
 
     def embedded(self, ids: Tensor) -> Tensor:
@@ -217,14 +221,22 @@ class _NezhaMixin(PreTrainedModel):
         output = self.model.embed_tokens.weight[: self.config.first_item_token]
         return F.linear(hidden, output).float().log_softmax(-1)
 
-    def _loss(self, logits: Sequence[Tensor], labels_VL: Tensor, counts_V: Tensor) -> Tensor:
-        losses = []
+    def _loss(
+        self,
+        logits: Sequence[Tensor],
+        labels_VL: Tensor,
+        counts_V: Tensor,
+        lesson: Lesson | None = None,
+    ) -> Tensor:
+        losses, shares = [], lesson.of_codes(labels_VL) if lesson else ()
         for level, log_p_VT in enumerate(logits):
             loss_V = -log_p_VT.gather(1, labels_VL[:, level, None])[:, 0]
             if self.label_smoothing:
                 possible_VT = log_p_VT > -torch.inf
                 mean_V = log_p_VT.where(possible_VT, 0).sum(1) / possible_VT.sum(1)
                 loss_V = (1 - self.label_smoothing) * loss_V - self.label_smoothing * mean_V
+            if lesson:
+                loss_V = lesson.mixed(loss_V, log_p_VT, shares[level])
             losses.append((loss_V * counts_V).sum() / counts_V.sum())
         weights = self.level_weights or [1.0] * len(losses)
         return sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)

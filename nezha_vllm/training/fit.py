@@ -25,6 +25,7 @@ from nezha_vllm.training.options import TrainingOptions
 from nezha_vllm.training.packing import PackedCollator, Segments, shortened
 from nezha_vllm.training.regularise import add_dropout, add_head_dropout, tie_codes
 from nezha_vllm.training.resume import identity, resumable
+from nezha_vllm.training.teachers import TaughtCollator, Teachers, numbered
 from nezha_vllm.training.trainer import EpochLine, NezhaTrainer
 
 if TYPE_CHECKING:
@@ -66,7 +67,10 @@ def fit(
         )
     if options.short_histories and not (options.item_tokens or model.config.num_item_tokens):
         raise ValueError("short histories are made of item tokens: ask for some, or leave --short-histories out")
-    segments = Segments(codes_of(split.train, catalogue), options.max_history)
+    if options.teachers and not (options.item_tokens or model.config.num_item_tokens):
+        raise ValueError("teachers know items by their tokens: ask for some, or leave --teacher out")
+    codes = codes_of(split.train, catalogue)
+    segments = Segments(codes, options.max_history)
     if options.item_tokens and not model.config.num_item_tokens:
         keys = frequent_keys(segments.sequences, model.config.codec, options.item_tokens)
         model.config.short_histories = options.short_histories
@@ -97,6 +101,19 @@ def fit(
     model.config.item_score_weight = 0.0  # until the weight is chosen, at the end
     if options.item_loss and model.item_tokens is not None:
         model.item_loss = ItemLoss(model.item_tokens, options.item_loss).to(device)
+    teachers = None
+    if options.teachers and model.item_tokens is not None:
+        teachers = Teachers(options, model.item_tokens, catalogue, split, device)
+    with arguments.main_process_first(local=False):
+        run = identity(options, catalogue, model.config, split.train, teachers.digests if teachers else ())
+        last = resumable(run_folder, run, [FILE] if options.average else [])
+        if teachers:
+            teachers.learn(run_folder, write)
+    collate: PackedCollator | TaughtCollator = collator
+    if teachers:
+        collate = TaughtCollator.of(collator, teachers, shortened(segments.sequences, model.item_tokens, 0.0))
+        segments = Segments(numbered(codes, split.train, catalogue), options.max_history)
+        model.teachers = teachers
 
     ask: dict[str, Any] = {"max_history": options.max_history, "prefix": prefix, "item_tokens": model.item_tokens}
     valid = HeldOut(model.config, catalogue, split.valid_history, split.valid_target, **ask)
@@ -118,7 +135,7 @@ def fit(
         args=arguments,
         train_dataset=segments,
         eval_dataset=[],
-        data_collator=collator,
+        data_collator=collate,
         callbacks=[EpochLine(write), *([EarlyStoppingCallback(options.patience)] if options.patience else [])],
     )
     trainer.remove_callback(PrinterCallback)
@@ -127,9 +144,6 @@ def fit(
     averages = Averages(model, options.average) if options.average else None
     if averages:
         trainer.add_callback(averages)
-    with trainer.args.main_process_first(local=False):
-        run = identity(options, catalogue, model.config, split.train)
-        last = resumable(run_folder, run, [FILE] if averages else [])
     if averages and last:
         averages.load(last)
     trainer.train(resume_from_checkpoint=last)
@@ -137,6 +151,7 @@ def fit(
         averages.load(trainer.state.best_model_checkpoint)
         averages.put()
     model.copy_tied_codes()
+    model.teachers = None
     if model.item_loss is not None:
         found = valid.ndcg_by_weight(model, ITEM_SCORE_BEAMS, (0.0, *WEIGHTS))
         model.config.item_score_weight, model.item_loss = max(found, key=lambda weight: found[weight]), None

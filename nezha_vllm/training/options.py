@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SASREC = "sasrec"  # the teacher that is trained first
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -14,6 +16,7 @@ class TrainingOptions:
     checkpoint keeps, too. ``item_token_dropout``: see ``packing``.
     ``level_weights``: of the levels' losses, empty for equal ones. ``tie_codes``: see ``regularise.tie_codes``;
     ``item_loss``: weight of the loss of items that have a token, see ``nezha_vllm.item_scores``;
+    ``teachers``: ``sasrec`` or folders of checkpoints, ``teacher_weight``: their share of the targets, see ``lesson``;
     ``average``: decay a step of averaged weights, 0 for none.
     """
 
@@ -33,6 +36,8 @@ class TrainingOptions:
     level_weights: tuple[float, ...] = ()
     tie_codes: str = ""
     item_loss: float = 0.3
+    teachers: tuple[str, ...] = ()
+    teacher_weight: float = 0.5
     average: float = 0.0
     patience: int = 0
     validate_every: int = 1
@@ -63,6 +68,10 @@ class TrainingOptions:
                 raise ValueError(f"{name.replace('_', ' ')} must be in [0, 1), got {getattr(self, name)}")
         if self.item_loss < 0 or any(weight <= 0 for weight in self.level_weights):
             raise ValueError(f"weights of losses must be positive, got {self.level_weights} and {self.item_loss}")
+        if not 0 < self.teacher_weight <= 1:
+            raise ValueError(f"the teachers' weight must be in (0, 1], got {self.teacher_weight}")
+        if len(set(self.teachers)) < len(self.teachers) or not all(self.teachers):
+            raise ValueError(f"teachers must be `{SASREC}` or folders, each once, got {list(self.teachers)}")
         if self.dropout_by not in ("row", "token"):
             raise ValueError(f"dropout by {self.dropout_by!r}, must be row or token")
         if self.tie_codes not in ("", "in", "out", "both"):

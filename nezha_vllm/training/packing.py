@@ -31,6 +31,7 @@ from nezha_vllm.config import AUTOREGRESSIVE, NezhaConfig
 from nezha_vllm.item_tokens import ItemTokens
 
 IGNORED = -100
+Places = tuple[Tensor, Tensor, Tensor, int]  # see `places`
 
 
 class Segments(Dataset[Tensor]):
@@ -99,6 +100,11 @@ class PackedCollator:
         return 1 if self.short_rows else self.config.num_levels
 
     @property
+    def history_end(self) -> int:
+        """Tokens of a row in front of the groups: prefix and history."""
+        return len(self.prefix) + self.max_history * self._slots
+
+    @property
     def _blot(self) -> int:
         pad = self.config.pad_token_id
         return self.config.placeholder_token_ids[0] if pad is None else pad
@@ -126,17 +132,14 @@ class PackedCollator:
         mask_QQ, position_Q, read_PS, place_Q = (tensor.to(self.device) for tensor in layout)
         return mask_QQ, position_Q, read_PS, place_Q
 
-    def __call__(self, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
+    def where(self, pieces: Sequence[Tensor]) -> Places:
+        """Where their targets go, for several that read the same pieces."""
+        return places([len(codes) - 1 for codes in pieces], self.max_history, self.row_multiple)
+
+    def __call__(self, pieces: Sequence[Tensor], where: Places | None = None) -> dict[str, Tensor]:
         levels, targets, lead, slots = self.config.num_levels, self.max_history, len(self.prefix), self._slots
         offsets = torch.tensor(self.config.code_token_offsets)
-        used = [len(codes) - 1 for codes in pieces]
-        row_of, first_of, count = packed(used, targets)
-        count = math.ceil(count / self.row_multiple) * self.row_multiple
-        used_I = torch.tensor(used)
-        piece_V = torch.arange(len(pieces)).repeat_interleave(used_I)
-        row_V, first_V = torch.tensor(row_of)[piece_V], torch.tensor(first_of)[piece_V]
-        place_V = first_V + torch.arange(len(piece_V)) - (used_I.cumsum(0) - used_I)[piece_V]
-
+        row_V, first_V, place_V, count = self.where(pieces) if where is None else where
         history_VL = torch.cat([codes[:-1] for codes in pieces]) + offsets
         empty_VL = None
         if self.item_tokens is not None:
@@ -152,7 +155,7 @@ class PackedCollator:
         width = lead + targets * (slots + self.config.num_reads - 1)
         input_ids_NQ = torch.full((count, width), self.config.placeholder_token_ids[0])
         input_ids_NQ[:, :lead] = torch.tensor(self.prefix, dtype=torch.long)
-        end = lead + targets * slots
+        end = self.history_end
         input_ids_NQ[:, lead:end].view(count, targets, slots)[row_V, place_V] = history_VL
         groups = input_ids_NQ[:, end:].view(count, targets, self.config.num_reads - 1)
         if self.config.method == AUTOREGRESSIVE:
@@ -164,7 +167,7 @@ class PackedCollator:
         # the place at which the piece of each place starts; unused places at the end are a piece of their own
         starts_NP = torch.full((count, targets), targets)
         starts_NP[row_V, place_V] = first_V
-        input_ids_NQ, labels_NPL, starts_NP = map(self._moved, (input_ids_NQ, labels_NPL, starts_NP))
+        input_ids_NQ, labels_NPL, starts_NP = map(self.moved, (input_ids_NQ, labels_NPL, starts_NP))
 
         mask_QQ, position_Q, read_PS, place_Q = self._layout
         start_NQ = starts_NP[:, place_Q].masked_fill(place_Q < 0, -1)
@@ -174,7 +177,7 @@ class PackedCollator:
         if empty_VL is not None:
             empty_NPL = torch.zeros(count, targets, levels, dtype=torch.bool)
             empty_NPL[row_V, place_V] = empty_VL
-            sees_NQQ, position_NQ = self._closed_up(sees_NQQ, position_NQ, start_NQ, self._moved(empty_NPL))
+            sees_NQQ, position_NQ = self._closed_up(sees_NQQ, position_NQ, start_NQ, self.moved(empty_NPL))
         arguments = {
             "input_ids": input_ids_NQ,
             "attention_mask": sees_NQQ[:, None],
@@ -183,7 +186,7 @@ class PackedCollator:
             "labels": labels_NPL,
         }
         if self.row_multiple == 1:
-            arguments["labelled"] = self._moved((row_V * targets + place_V).sort().values)
+            arguments["labelled"] = self.moved((row_V * targets + place_V).sort().values)
         return arguments
 
     def _closed_up(
@@ -202,7 +205,8 @@ class PackedCollator:
         alone_QQ = torch.eye(width, dtype=torch.bool, device=mask_QQ.device)  # a softmax over nothing is no number
         return sees_NQQ & seen_NQ[:, None] | alone_QQ, position_NQ - (passed_NQ - begun_NQ)
 
-    def _moved(self, tensor: Tensor) -> Tensor:
+    def moved(self, tensor: Tensor) -> Tensor:
+        """To the device; a GPU is not waited for."""
         if torch.device(self.device).type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
@@ -217,6 +221,19 @@ def shortened(sequences: Sequence[Tensor], item_tokens: ItemTokens | None, item_
         return False
     keys = item_tokens.codec.key(torch.cat(list(sequences)).numpy())
     return bool(np.isin(keys, item_tokens.keys).all())
+
+
+def places(used: Sequence[int], capacity: int, multiple: int = 1) -> Places:
+    """Where the targets of pieces go, int64 [V] each: row, the place in it where the piece starts, the target's own.
+
+    And the number of rows, a multiple of ``multiple``. ``used``: targets of each piece; ``capacity``: of a row.
+    """
+    row_of, first_of, count = packed(used, capacity)
+    used_I = torch.tensor(used)
+    piece_V = torch.arange(len(used)).repeat_interleave(used_I)
+    row_V, first_V = torch.tensor(row_of)[piece_V], torch.tensor(first_of)[piece_V]
+    place_V = first_V + torch.arange(len(piece_V)) - (used_I.cumsum(0) - used_I)[piece_V]
+    return row_V, first_V, place_V, math.ceil(count / multiple) * multiple
 
 
 def packed(lengths: Sequence[int], capacity: int) -> tuple[list[int], list[int], int]:

@@ -23,11 +23,16 @@ LAST_WRITTEN = "trainer_state.json"  # of a checkpoint of the Trainer
 
 
 def identity(
-    options: TrainingOptions, catalogue: Catalogue, config: NezhaConfig, sequences: Sequence[Sequence[str]]
+    options: TrainingOptions,
+    catalogue: Catalogue,
+    config: NezhaConfig,
+    sequences: Sequence[Sequence[str]],
+    teachers: Sequence[str] = (),
 ) -> str:
-    """What makes two runs the same, as JSON."""
+    """What makes two runs the same, as JSON; ``teachers``: digests of them."""
     data = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()
     parts = {"options": asdict(options), "catalogue": catalogue.version, "data": data, "model": config.to_dict()}
+    parts["teachers"] = list(teachers)
     return json.dumps(parts, default=str, sort_keys=True)
 
 
