@@ -209,6 +209,8 @@ def _trained(plan: Plan, places: Places, dataset: str, model: str, method: str, 
     name = f"{dataset}/{model}/{method}/{seed}/{_digest([plan.datasets[dataset], options, plan.evaluate])}"
     checkpoint = places.work / "models" / name / "checkpoint"
     words = ["train", str(folder), str(catalogue), *options, "--out", str(checkpoint)]
+    if "--teacher" in options:  # methods of one data set and seed have the same SASRec
+        words += ["--teacher-cache", str(places.work / "teachers")]
     return name, checkpoint, Step(words, checkpoint / "config.json")
 
 

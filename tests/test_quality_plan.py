@@ -223,6 +223,7 @@ def test_a_wrong_plan_says_where(change, said, tmp_path):
         ("quality-search.toml", 49 + 97),
         ("quality-items.toml", 15 + 94),
         ("quality-curves.toml", 3 + 3),
+        ("quality-teachers.toml", 4 + 4 * (9 + 2)),
     ],
 )
 def test_the_repositorys_plans_have_commands_that_exist(name, count, places):

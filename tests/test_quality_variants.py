@@ -135,11 +135,13 @@ def test_options_of_a_method_come_after_those_of_all(plan):
 
 
 def test_a_plan_trains_with_teachers(plan):
-    before = words(plan, "nezha")
+    before = trained(plan, "nezha")
     plan.write_text(PLAN.replace("train = [", 'train = ["--teacher", "sasrec", '))
     found = {method: trained(plan, method) for method in ("nezha", "ar")}
     assert all((one.teachers, one.method) == (["sasrec"], method) for method, one in found.items())
-    assert found["nezha"].out not in before
+    assert found["nezha"].out != before.out
+    assert before.teacher_cache is None
+    assert {one.teacher_cache for one in found.values()} == {str(NOWHERE.work / "teachers")}
 
 
 def test_options_of_a_method_make_other_runs_of_that_method_alone(plan):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from threading import Thread
 
 import pytest
 import torch
@@ -22,13 +23,14 @@ from nezha_vllm.catalogue import Catalogue
 from nezha_vllm.item_tokens import ItemTokens
 from nezha_vllm.semantic_id import SemanticIdCodec
 from nezha_vllm.training.evaluation import HeldOut
-from nezha_vllm.training.fit import fit
+from nezha_vllm.training.fit import codes_of, fit
+from nezha_vllm.training.item_embeddings import frequent_keys
 from nezha_vllm.training.options import TrainingOptions
 from nezha_vllm.training.resume import identity
 from nezha_vllm.training.sasrec import SasRec
 from nezha_vllm.training.start import load_trained, starting_model
 from nezha_vllm.training.teacher_models import SasRecTeacher
-from nezha_vllm.training.teachers import Teachers
+from nezha_vllm.training.teachers import Teachers, _alone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -193,6 +195,50 @@ def test_a_students_items_become_its_teachers(catalogue, rings, tmp_path, monkey
         assert valid.loss(model) == pytest.approx(min(loss for _, loss, _ in trainer.validations), abs=1e-3)
     assert found[1.0] > 0.9
     assert found[0.1] < 0.3
+
+
+def test_runs_of_the_same_data_and_seed_have_one_sasrec(catalogue, rings, tmp_path, sasrec_runs):  # noqa: F811
+    rings.save(tmp_path / "rings")
+    catalogue.save(tmp_path / "catalogue")
+    words = ["train", str(tmp_path / "rings"), str(tmp_path / "catalogue"), "--epochs", "1", "--teacher", "sasrec"]
+    cache = ["--teacher-cache", str(tmp_path / "teachers")]
+
+    def weights(name, *more):
+        assert cli.main([*words, "--out", str(tmp_path / name), *more]) == 0
+        return load_file(tmp_path / name / "model.safetensors")
+
+    alone, first = weights("alone"), weights("first", *cache)
+    assert len(sasrec_runs) == 2
+    again = weights("again", *cache)
+    assert all(torch.equal(alone[name], one[name]) for one in (first, again) for name in alone)
+    weights("language-model", *cache, "--method", "ar", "--teacher-weight", "0.2")
+    assert len(sasrec_runs) == 2
+    weights("other-seed", *cache, "--seed", "1")
+    assert [options.seed for options in sasrec_runs] == [0, 0, 1]
+    assert len([*(tmp_path / "teachers").glob("*.safetensors")]) == 2
+
+
+def test_who_wants_the_same_sasrec_waits_for_it(catalogue, rings, tmp_path, sasrec_runs):  # noqa: F811
+    split, model = rings.leave_one_out(), starting_model("scratch", catalogue, SHAPE, 0)[0]
+    keys = frequent_keys(codes_of(split.train, catalogue), model.config.codec, 10**6)
+    tokens = ItemTokens.of(keys, model.config)
+
+    def teachers():
+        return Teachers(TrainingOptions(teachers=("sasrec",)), tokens, catalogue, split, torch.device("cpu"))
+
+    first, second = teachers(), teachers()
+    first.learn(tmp_path, quiet)
+    [path] = tmp_path.glob("*.safetensors")
+    kept = path.rename(tmp_path / "kept")
+    waiting = Thread(target=second.learn, args=(tmp_path, quiet))
+    with _alone(path):
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        kept.rename(path)
+    waiting.join(20)
+    assert len(sasrec_runs) == 1
+    assert torch.equal(second.members[0].items_JH, first.members[0].items_JH)
 
 
 @pytest.mark.slow

@@ -75,6 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option("--teacher-weight", float, "teacher_weight", "share of the teachers in the targets of items and codes")
     parser.add_argument(
+        "--teacher-cache",
+        metavar="DIR",
+        help="keeps SASRec there once it is trained, for other runs of the same data, catalogue and seed",
+    )
+    parser.add_argument(
         "--level-weights", type=_weights, metavar="W,W,…", help="of the levels' losses, relative (default equal)"
     )
     parser.add_argument(
@@ -163,6 +168,7 @@ def run(arguments: argparse.Namespace) -> int:
         options,
         run_folder,
         prefix=prefix_token_ids(tokenizer, model.config),
+        teacher_cache=Path(arguments.teacher_cache).absolute() if arguments.teacher_cache else None,
     )
     if trainer.is_world_process_zero():
         seconds = round(time.perf_counter() - started, 1)

@@ -52,6 +52,7 @@ def fit(
     run_folder: Path,
     *,
     prefix: Sequence[int] = (),
+    teacher_cache: Path | None = None,
     write: Callable[[str], None] = tqdm.write,
 ) -> NezhaTrainer:
     """Train ``model`` in place on ``split.train``; it ends with the weights that validated best.
@@ -60,6 +61,7 @@ def fit(
         split: its validation items also choose what item scores count beside codes, ``config.item_score_weight``.
         run_folder: where the Trainer keeps its checkpoints. If one of the same run is there, training goes on from it;
             one of another run is removed. The caller removes the folder when the result is safe.
+        teacher_cache: where SASRec lies once it is trained as a teacher; the run folder without it.
     """
     if options.level_weights and len(options.level_weights) != model.config.num_levels:
         raise ValueError(
@@ -108,7 +110,7 @@ def fit(
         run = identity(options, catalogue, model.config, split.train, teachers.digests if teachers else ())
         last = resumable(run_folder, run, [FILE] if options.average else [])
         if teachers:
-            teachers.learn(run_folder, write)
+            teachers.learn(teacher_cache or run_folder, write)
     collate: PackedCollator | TaughtCollator = collator
     if teachers:
         collate = TaughtCollator.of(collator, teachers, shortened(segments.sequences, model.item_tokens, 0.0))

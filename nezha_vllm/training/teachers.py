@@ -6,9 +6,11 @@ whatever the student's has lost to dropout.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,14 +30,11 @@ if TYPE_CHECKING:
     from nezha_vllm.item_tokens import ItemTokens
     from nezha_vllm.training.packing import PackedCollator
 
-FILE = "teacher-sasrec.safetensors"  # in the run folder
-
-
 class Teachers:
     """All teachers of a run: ``teachers(batch, labelled)`` → the mean of their distributions.
 
     They are no part of the model: it neither trains nor saves them. Made in two steps, so that wrong ones are refused
-    before the run folder is touched, where `learn` keeps SASRec. Neither step draws from torch's global generators.
+    before the run folder is touched, where SASRec may lie. Neither step draws from torch's global generators.
 
     ``digests``: what each was made of, which makes a run another.
     """
@@ -54,19 +53,21 @@ class Teachers:
             ]
         self.digests = [_digest_of_folder(Path(folder)) for folder in folders]
         if self.sasrec is not None:
-            self.digests.append(_digest_of(asdict(self.sasrec), split.valid_history, split.valid_target))
+            parts = split.train, split.valid_history, split.valid_target
+            self.digests.append(_digest_of(asdict(self.sasrec), catalogue.version, *parts))
         self.codes = Codes(tokens, device)
 
-    def learn(self, run_folder: Path, write: Callable[[str], None]) -> None:
-        """Train SASRec if it is asked for and not in the run folder yet; the first process of several does."""
+    def learn(self, folder: Path, write: Callable[[str], None]) -> None:
+        """Train SASRec if it is asked for and not in ``folder`` yet; of several processes one does."""
         if self.sasrec is None:
             return
-        path, items = run_folder / FILE, self.catalogue.item_ids(range(self.catalogue.num_items))
-        with self._own_random():
+        path = folder / f"sasrec-{self.digests[-1][:16]}.safetensors"
+        items = self.catalogue.item_ids(range(self.catalogue.num_items))
+        with self._own_random(), _alone(path):
             if not path.is_file():
                 valid = self.split.valid_history, self.split.valid_target
                 made = SasRec(self.split.train, items, *valid, self.sasrec, self.device, write)
-                partial = path.with_name(f"{FILE}.partial")
+                partial = path.with_suffix(".partial")
                 save_file(made.model.state_dict(), partial)
                 partial.replace(path)
             model = SasRecModel(len(items), self.sasrec).to(self.device)
@@ -123,6 +124,15 @@ def numbered(codes: Sequence[Tensor], sequences: Sequence[Sequence[str]], catalo
     """
     pairs = [(one, items) for one, items in zip(codes, sequences, strict=True) if len(items) >= 2]
     return [torch.cat([one, torch.tensor(catalogue.rows(items))[:, None]], 1) for one, items in pairs]
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time makes this file; the lock of one that dies is free again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _digest_of(*parts: Any) -> str:
