@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nezha_vllm.item_tokens import ItemTokens
     from nezha_vllm.training.packing import PackedCollator
 
+
 class Teachers:
     """All teachers of a run: ``teachers(batch, labelled)`` → the mean of their distributions.
 
