@@ -20,6 +20,7 @@ from test_training import FAST, ITEMS, SHAPE, SIZES, catalogue, rings  # noqa: F
 
 from nezha_vllm import cli
 from nezha_vllm.catalogue import Catalogue
+from nezha_vllm.item_index import UnknownItemError
 from nezha_vllm.item_tokens import ItemTokens
 from nezha_vllm.semantic_id import SemanticIdCodec
 from nezha_vllm.training.evaluation import HeldOut
@@ -84,11 +85,13 @@ def test_a_teacher_whose_weights_changed_is_another(catalogue, rings, checkpoint
     options = TrainingOptions(teachers=("sasrec", str(folder)))
     config = student(catalogue).config
 
-    def run(split):
+    def run(split, options=options):
         return identity(options, catalogue, config, [], Teachers(options, tokens, catalogue, split, CPU).digests)
 
     first = run(split)
     assert run(split) == first
+    shutil.copytree(folder, tmp_path / "moved")
+    assert run(split, replace(options, teachers=("sasrec", str(tmp_path / "moved")))) == first
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -128,6 +131,21 @@ def test_who_cannot_teach_is_refused_before_an_earlier_run_is_touched(
     assert (tmp_path / "run" / "run.json").read_text() == "another run"
 
 
+def test_a_validation_item_out_of_the_catalogue_is_named_before_sasrec_is_trained(
+    catalogue,  # noqa: F811
+    rings,  # noqa: F811
+    tmp_path,
+    sasrec_runs,
+):
+    split = rings.leave_one_out()
+    split = replace(split, valid_target=["nobody", *split.valid_target[1:]])
+    model, _, _ = starting_model("scratch", catalogue, SHAPE, 0)
+    with pytest.raises(UnknownItemError, match="item 'nobody' is not in the catalogue"):
+        fit(model, catalogue, split, TrainingOptions(**FAST, teachers=("sasrec",)), tmp_path / "run", write=quiet)
+    assert not sasrec_runs
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_teacher_of_another_catalogue_or_of_nobody_is_refused(catalogue, rings, checkpoint, tmp_path):  # noqa: F811
     tokens = load_trained(checkpoint()).model.item_tokens
     options = TrainingOptions(teachers=(str(checkpoint()),))
@@ -137,6 +155,9 @@ def test_a_teacher_of_another_catalogue_or_of_nobody_is_refused(catalogue, rings
     wider = SemanticIdCodec([8, 8, 8])
     with pytest.raises(ValueError, match=r"codebooks of \(4, 4, 4\), this catalogue of \(8, 8, 8\): train it with"):
         Teachers(options, ItemTokens(tokens.keys, 9, wider, (0, 0, 0)), catalogue, NO_SPLIT, CPU)
+    again = f"{checkpoint().parent}/./{checkpoint().name}/"
+    with pytest.raises(ValueError, match="the same weights more than once, name each once"):
+        Teachers(replace(options, teachers=(str(checkpoint()), again)), tokens, catalogue, NO_SPLIT, CPU)
     foreign = tmp_path / "foreign"
     shutil.copytree(checkpoint(), foreign)
     (foreign / "training.json").unlink()

@@ -103,6 +103,8 @@ def fit(
     model.config.item_score_weight = 0.0  # until the weight is chosen, at the end
     if options.item_loss and model.item_tokens is not None:
         model.item_loss = ItemLoss(model.item_tokens, options.item_loss).to(device)
+    ask: dict[str, Any] = {"max_history": options.max_history, "prefix": prefix, "item_tokens": model.item_tokens}
+    valid = HeldOut(model.config, catalogue, split.valid_history, split.valid_target, **ask)
     teachers = None
     if options.teachers and model.item_tokens is not None:
         teachers = Teachers(options, model.item_tokens, catalogue, split, device)
@@ -116,9 +118,6 @@ def fit(
         collate = TaughtCollator.of(collator, teachers, shortened(segments.sequences, model.item_tokens, 0.0))
         segments = Segments(numbered(codes, split.train, catalogue), options.max_history)
         model.teachers = teachers
-
-    ask: dict[str, Any] = {"max_history": options.max_history, "prefix": prefix, "item_tokens": model.item_tokens}
-    valid = HeldOut(model.config, catalogue, split.valid_history, split.valid_target, **ask)
 
     def validate() -> dict[str, float]:
         with averages.used() if averages else nullcontext():

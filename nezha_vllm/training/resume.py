@@ -29,10 +29,10 @@ def identity(
     sequences: Sequence[Sequence[str]],
     teachers: Sequence[str] = (),
 ) -> str:
-    """What makes two runs the same, as JSON; ``teachers``: digests of them."""
+    """What makes two runs the same, as JSON; ``teachers``: digests of them, wherever their folders lie."""
     data = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()
-    parts = {"options": asdict(options), "catalogue": catalogue.version, "data": data, "model": config.to_dict()}
-    parts["teachers"] = list(teachers)
+    chosen = asdict(options) | {"teachers": list(teachers)}
+    parts = {"options": chosen, "catalogue": catalogue.version, "data": data, "model": config.to_dict()}
     return json.dumps(parts, default=str, sort_keys=True)
 
 

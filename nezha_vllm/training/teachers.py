@@ -53,6 +53,8 @@ class Teachers:
                 NezhaTeacher(folder, tokens, catalogue, device) for folder in folders
             ]
         self.digests = [_digest_of_folder(Path(folder)) for folder in folders]
+        if len(set(self.digests)) < len(folders):
+            raise ValueError(f"--teacher {' '.join(folders)}: the same weights more than once, name each once")
         if self.sasrec is not None:
             parts = split.train, split.valid_history, split.valid_target
             self.digests.append(_digest_of(asdict(self.sasrec), catalogue.version, *parts))
