@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
@@ -194,6 +195,26 @@ def test_a_stopped_step_stops_the_rest(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(steps, "main", lambda argv: 130)
     with pytest.raises(KeyboardInterrupt):
         run_steps(tmp_path, prepare(tmp_path))
+
+
+def test_an_item_that_the_catalogue_lacks_is_named_and_other_missing_keys_are_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nezha_vllm.cli import train
+    from nezha_vllm.item_index import UnknownItemError
+
+    error: KeyError = UnknownItemError("B00")
+
+    def fail(arguments: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setattr(train, "run", fail)
+    words = ["train", "data", "catalogue", "--out", str(tmp_path / "model")]
+    assert cli.main(words) == 2
+    assert "item 'B00' is not in the catalogue; make data set and catalogue of the same items" in capsys.readouterr().err
+    error = KeyError("weight")
+    with pytest.raises(KeyError, match="weight"):
+        cli.main(words)
 
 
 STUBBORN = """

@@ -62,6 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, ValueError, FileNotFoundError) as error:
         print(f"nezha {arguments.verb}: {error}", file=sys.stderr)
         return 2
+    except KeyError as error:
+        from nezha_vllm.item_index import UnknownItemError
+
+        if not isinstance(error, UnknownItemError):
+            raise
+        print(f"nezha {arguments.verb}: {error}; make data set and catalogue of the same items", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"\nnezha {arguments.verb}: stopped; run it again to go on", file=sys.stderr)
         return 130
