@@ -211,7 +211,8 @@ def test_an_item_that_the_catalogue_lacks_is_named_and_other_missing_keys_are_ou
     monkeypatch.setattr(train, "run", fail)
     words = ["train", "data", "catalogue", "--out", str(tmp_path / "model")]
     assert cli.main(words) == 2
-    assert "item 'B00' is not in the catalogue; make data set and catalogue of the same items" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "item 'B00' is not in the catalogue; make data set and catalogue of the same items" in said
     error = KeyError("weight")
     with pytest.raises(KeyError, match="weight"):
         cli.main(words)
