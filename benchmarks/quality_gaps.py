@@ -47,7 +47,8 @@ def kept_at(results: Path) -> Path:
 def gaps(results: Sequence[Result], ranks: Path | None, kept: Path) -> list[Gap]:
     """Of every model with NEZHA and every method beside it. With ``ranks`` they are made, and written to ``kept``.
 
-    Baselines stand beside one model only, of which the data set has most rows.
+    Baselines stand beside one model only, of which the data set has most rows; its own NEZHA stands beside those of
+    other models that were trained for as many epochs.
     """
     known = {one.key: one for one in _read(kept) if one.runs <= {result.run for result in results}}
     made = {one.key: one for one in _made(results, ranks)} if ranks else {}
@@ -61,6 +62,7 @@ def gaps(results: Sequence[Result], ranks: Path | None, kept: Path) -> list[Gap]
 
 def _made(results: Sequence[Result], ranks: Path) -> Iterable[Gap]:
     sides: dict[tuple[str, str, str], dict[int, tuple[str, np.ndarray]]] = {}
+    epochs = {one.group: one.config.get("epochs") for one in results}
     for one in results:
         path = ranks / f"{one.run.replace('/', '-')}.npz"
         if path.is_file():
@@ -69,10 +71,13 @@ def _made(results: Sequence[Result], ranks: Path) -> Iterable[Gap]:
         if method != OURS:
             continue
         models = [one.model for one in results if one.dataset == dataset and one.model]
-        stands_for_all = max(dict.fromkeys(models), key=models.count) == model
+        first = max(dict.fromkeys(models), key=models.count)
         for (where, beside, other), theirs in sides.items():
-            if where == dataset and (beside == model or (stands_for_all and not beside)) and other != OURS:
+            if where == dataset and (beside == model or (first == model and not beside)) and other != OURS:
                 yield from _gap(dataset, model, other, ours, theirs, once=other in UNSEEDED)
+        groups = (dataset, model, OURS), (dataset, first, OURS)
+        if groups[0] != groups[1] in sides and len({epochs[group] for group in groups}) == 1:
+            yield from _gap(dataset, model, f"{OURS} of {first}", ours, sides[groups[1]], once=False)
 
 
 def _gap(dataset: str, model: str, method: str, ours: dict, theirs: dict, once: bool) -> Iterable[Gap]:

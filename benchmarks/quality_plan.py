@@ -10,6 +10,7 @@ import csv
 import hashlib
 import itertools
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ METHODS = ("nezha", "nezha-1", "nezha-2", "nezha-3", "nezha-4", "mtp", "ar")
 METHODS += tuple(method + variant for method in ("nezha", "ar") for variant in VARIANTS)
 SUBSET = ("datasets", "models", "methods", "seeds")
 TABLES = {"datasets": ("prepare", "tokenize", "train"), "models": ("train",)}
+TEACHER = re.compile(r"\{model:(.+)\}")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """``datasets`` and ``models``: name → arguments of each verb, ``{data}`` is the folder of the raw files.
+    """``datasets`` and ``models``: name → arguments of each verb, ``{data}`` is the folder of the raw files, among
+    a model's ``{model:NAME}`` the checkpoint of one before it, of the same data set, method and seed: its teacher.
 
     ``by_method``: what a method is trained with besides, or instead. ``order``: what is run first, next and so on,
     each a table of some ``datasets``, ``models``, ``methods`` and ``seeds``, all where it names none; without it
@@ -91,6 +94,10 @@ class Plan:
             for name, arguments in getattr(plan, table).items():
                 if strange := sorted(set(arguments) - set(verbs)):
                     raise ValueError(f"{path}: {table}.{name} has {strange}, known are {list(verbs)}")
+        for at, name in enumerate(plan.models):
+            teachers = _teachers(plan, name)
+            if len(teachers) > 1 or not set(teachers) <= set(list(plan.models)[:at]):
+                raise ValueError(f"{path}: models.{name} is taught by {teachers}, must be one that stands before it")
         for subset in plan.order:
             for key, names in subset.items():
                 if key not in SUBSET or not set(names) <= set(getattr(plan, key)):
@@ -148,7 +155,7 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
     """
     folder, _ = _dataset(plan, places, dataset)
     trained = _trained_as(method)
-    name, checkpoint, train = _trained(plan, places, dataset, model, trained, seed)
+    name, checkpoint, train, after = _trained(plan, places, dataset, model, trained, seed)
 
     def evaluate(run: str, *more: str) -> Step:
         ranks = places.work / "ranks" / f"{run.replace('/', '-')}.npz"
@@ -156,7 +163,7 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
         out = ["--json", str(checkpoint.parent / f"{run.split('/')[-1]}.json")]
         return Step(["evaluate", str(checkpoint), str(folder), *plan.evaluate, *where, *out, *more], run=run)
 
-    steps = [train]
+    steps = [*train]
     if method != "nezha-4":
         steps.append(evaluate(name, "--baselines"))
     if trained == "nezha" and "nezha-4" in plan.methods:
@@ -165,8 +172,8 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
     # baselines are measured with the first model, those without a seed of their own with the first seed
     asked = first and method == plan.methods[0]
     wanted = [one for one in plan.baselines if asked and (seed == plan.seeds[0] or one == "sasrec")]
-    beside = [train, evaluate(f"{name}-{_digest(wanted)}", "--baselines", *wanted)] if wanted else []
-    widths = [train]
+    beside = [*train, evaluate(f"{name}-{_digest(wanted)}", "--baselines", *wanted)] if wanted else []
+    widths = [*train]
     if method == "nezha" and first and seed == plan.seeds[0]:
         for width, validity in itertools.product(plan.curve, ("stepwise", "final")):
             more = "--beam-width", str(width), "--validity", validity, "--baselines"
@@ -179,13 +186,13 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
         others = [_trained(plan, places, dataset, model, one, seed) for one in methods]
         against = ["--against", *(str(one[1]) for one in others)] if others else []
         ask = "--alone", str(plan.alone), "--baselines"
-        alone = [train, *(one[2] for one in others), evaluate(f"{name}{ALONE}", *against, *ask)]
+        alone = [*train, *(step for one in others for step in one[2]), evaluate(f"{name}{ALONE}", *against, *ask)]
         if "nezha-4" in plan.methods:
             alone.append(evaluate(f"{name}{ALONE}-final", "--validity", "final", *ask))
     return [
-        Job(name, steps, f"{dataset}: data"),
+        Job(name, steps, after or f"{dataset}: data"),
         baselines,
-        Job(f"{name}: widths", widths if len(widths) > 1 else [], last),
+        Job(f"{name}: widths", widths if len(widths) > len(train) else [], last),
         Job(f"{name}: alone", alone, name, alone=True),
     ]
 
@@ -199,19 +206,30 @@ def _trained_as(method: str) -> str:
     return "nezha" if method == "nezha-4" else method
 
 
-def _trained(plan: Plan, places: Places, dataset: str, model: str, method: str, seed: int) -> tuple[str, Path, Step]:
-    """Name of a training run, its checkpoint, and the step that makes it."""
+def _teachers(plan: Plan, model: str) -> list[str]:
+    return [found[1] for word in plan.models[model].get("train", []) if (found := TEACHER.fullmatch(word))]
+
+
+def _trained(
+    plan: Plan, places: Places, dataset: str, model: str, method: str, seed: int
+) -> tuple[str, Path, list[Step], str]:
+    """Name of a training run, its checkpoint, the steps that make it, and the run whose checkpoint it reads, if any."""
     folder, catalogue = _dataset(plan, places, dataset)
     options = [*plan.train, *plan.models[model].get("train", []), *plan.datasets[dataset].get("train", [])]
     options += plan.by_method.get(method, [])
     variant = variant_of(method)
     options += ["--method", method.removesuffix(variant), *VARIANTS.get(variant, []), "--seed", str(seed)]
-    name = f"{dataset}/{model}/{method}/{seed}/{_digest([plan.datasets[dataset], options, plan.evaluate])}"
+    teacher, read, steps = "", Path(), list[Step]()
+    for one in _teachers(plan, model):
+        teacher, read, steps, _ = _trained(plan, places, dataset, one, method, seed)
+    hashed = [TEACHER.sub(teacher, word) for word in options]
+    name = f"{dataset}/{model}/{method}/{seed}/{_digest([plan.datasets[dataset], hashed, plan.evaluate])}"
     checkpoint = places.work / "models" / name / "checkpoint"
-    words = ["train", str(folder), str(catalogue), *options, "--out", str(checkpoint)]
+    filled = [str(read) if TEACHER.fullmatch(word) else word for word in options]
+    words = ["train", str(folder), str(catalogue), *filled, "--out", str(checkpoint)]
     if "--teacher" in options:  # methods of one data set and seed have the same SASRec
         words += ["--teacher-cache", str(places.work / "teachers")]
-    return name, checkpoint, Step(words, checkpoint / "config.json")
+    return name, checkpoint, [*steps, Step(words, checkpoint / "config.json")], teacher
 
 
 def _dataset(plan: Plan, places: Places, name: str) -> tuple[Path, Path]:

@@ -19,14 +19,13 @@ OURS = LABELS["nezha"]
 NO_TOKENS = ", no item tokens"  # as in the paper
 NO_SCORES = ", no item scores"  # of models with item tokens
 SHORT_HISTORIES = ", short histories"  # one token an item
-TAUGHT = ", with teachers"
 OVER_CATALOGUE = ", softmax over the catalogue"
 PLANNED = {PLAIN: NO_TOKENS, CODES: NO_SCORES, SHORT: SHORT_HISTORIES}
 
 
 @dataclass(frozen=True)
 class Result:
-    """A line of the results file; ``model``, with its epochs, is empty for baselines."""
+    """A line of the results file; ``model``, with its epochs and whether it had teachers, is empty for baselines."""
 
     dataset: str
     model: str
@@ -44,6 +43,7 @@ class Result:
             planned = row["run"].split("/")
             model = planned[1] if len(planned) == PARTS_OF_A_RUN else shape
             model += f", {config['epochs']} epochs"  # one table never compares unequal budgets
+            model += ", with teachers" if config.get("teachers") else ""
         return cls(row["dataset"], model, _method(row, config), int(row["seed"]), row["run"], row)
 
     @cached_property
@@ -64,7 +64,7 @@ class Result:
     def planned_method(self) -> str:
         """The method without what options of the plan made of it."""
         method = self.method
-        for label in (TAUGHT, OVER_CATALOGUE, *reversed(PLANNED.values())):  # in the order of _method, from its end
+        for label in (OVER_CATALOGUE, *reversed(PLANNED.values())):  # in the order of _method, from its end
             method = method.removesuffix(label)
         return method + PLANNED.get(variant_of(self.run.split("/")[2]), "")
 
@@ -87,7 +87,7 @@ def _method(row: Mapping[str, str], config: Mapping[str, Any]) -> str:
     name += NO_TOKENS if not config.get("item_tokens") else "" if scored else NO_SCORES
     name += SHORT_HISTORIES if config.get("item_tokens") and config.get("short_histories") else ""
     name += OVER_CATALOGUE if config.get("softmax") == "catalogue" else ""
-    return name + (TAUGHT if config.get("teachers") else "")
+    return name
 
 
 def planned(paths: Sequence[Path]) -> set[str]:

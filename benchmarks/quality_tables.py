@@ -30,7 +30,6 @@ from benchmarks.quality_rows import (
     OURS,
     OVER_CATALOGUE,
     SHORT_HISTORIES,
-    TAUGHT,
     UNVERIFIED,
     Result,
     planned,
@@ -48,7 +47,7 @@ HEADS = ("Hit@5", "Hit@10", "NDCG@5", "NDCG@10", "Hit@500", "valid beams", "GPU 
 ORDER = [*BASELINES.values(), FREE_LABEL, LABELS["ar"], LABELS["mtp"], *(LABELS[f"nezha-{n}"] for n in (1, 2, 3))]
 ORDER += [UNVERIFIED, OURS]
 LESS = "", SHORT_HISTORIES, NO_SCORES, NO_TOKENS
-VARIANTS = [less + softmax + taught for less in LESS for softmax in ("", OVER_CATALOGUE) for taught in ("", TAUGHT)]
+VARIANTS = [less + softmax for less in LESS for softmax in ("", OVER_CATALOGUE)]
 ORDER = [f"{method}{variant}" for method in ORDER for variant in VARIANTS]
 PLANS = ROOT / "benchmarks" / "plans"
 LEVELS = PLANS / "quality-curves.toml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import shlex
@@ -209,6 +210,10 @@ def test_when_the_time_is_up_children_of_children_are_stopped(places, tmp_path):
         (("[models.tiny]", "order = [{ seeds = [7] }]\n[models.tiny]"), "order has seeds = \\[7\\]"),
         (("seeds =", "sedes ="), "sedes"),
         (("methods = [", "methods = "), "plan.toml"),
+        (
+            ('"--heads", "1"]', '"--teacher", "{model:tiny}"]'),
+            "models.tiny is taught by \\['tiny'\\], must be one that",
+        ),
     ],
 )
 def test_a_wrong_plan_says_where(change, said, tmp_path):
@@ -219,11 +224,11 @@ def test_a_wrong_plan_says_where(change, said, tmp_path):
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("quality.toml", 6 + (5 * 3 * (11 + 1) + 2 * 3 * 3 + 2 + 1) + 6 + 6),
+        ("quality.toml", 6 + (5 * 3 * (11 + 1 + 6) + 2 * 3 * 3 + 2 + 1) + 6 + 6),
         ("quality-search.toml", 49 + 97),
         ("quality-items.toml", 15 + 94),
         ("quality-curves.toml", 3 + 3),
-        ("quality-teachers.toml", 4 + 4 * (9 + 2)),
+        ("quality-teachers.toml", 4 + 4 * (13 + 2)),
     ],
 )
 def test_the_repositorys_plans_have_commands_that_exist(name, count, places):
@@ -252,6 +257,27 @@ def test_runs_come_in_the_plans_order(places, tmp_path):
     assert [job.name.split("/")[2:4] for job in runs(plan, places)] == [["ar", "1"], ["ar", "0"]]
     first = load(f"{tmp_path / 'plan.toml'}:1")
     assert [job.name.split("/")[2:4] for job in runs(first, places)] == [["ar", "1"]]
+
+
+def test_a_model_waits_for_its_teacher_and_is_another_with_another(places, tmp_path):
+    taught = '[models.taught]\ntrain = ["--teacher", "sasrec", "{model:tiny}"]\n[datasets.ring]'
+
+    def jobs(text=PLAN):
+        plan = plan_of(tmp_path, text.replace("[datasets.ring]", taught).replace("alone = 3\n", ""))
+        named = [job for job in runs(plan, places) if ":" not in job.name]
+        return {(*job.name.split("/")[1:3], int(job.name.split("/")[3])): job for job in named}
+
+    found = jobs()
+    assert len(found) == 8
+    for method, seed in itertools.product(("nezha", "ar"), (0, 1)):
+        teacher, student = found["tiny", method, seed], found["taught", method, seed]
+        assert (teacher.after, student.after) == ("ring: data", teacher.name)
+        assert student.steps[0] == teacher.steps[0]
+        words = student.steps[1].words
+        assert words[words.index("--teacher") + 1 :][:2] == ["sasrec", str(teacher.steps[0].made.parent)]
+        assert words[-2:] == ["--teacher-cache", str(places.work / "teachers")]
+    other = jobs(PLAN.replace('"--layers", "1"', '"--layers", "2"'))
+    assert {job.name for job in found.values()}.isdisjoint(job.name for job in other.values())
 
 
 def test_whatever_runs_alone_waits_for_all_plans(places, tmp_path, capsys):

@@ -183,14 +183,7 @@ def test_options_of_a_method_that_the_plan_does_not_train_are_refused(plan, name
         ("NEZHA", OLD, {"validity": "final"}, "NEZHA-4, no verification, no item tokens"),
         ("language model, beam search", WITH, {"validity": "final"}, "language model, beam search"),
         ("language model, beam search", OLD, {"validity": "final"}, "language model, beam search, no item tokens"),
-        ("NEZHA", WITH | {"teachers": []}, {}, "NEZHA"),
-        ("NEZHA", WITH | {"teachers": ["sasrec"]}, {}, "NEZHA, with teachers"),
-        (
-            "NEZHA",
-            OVER_CATALOGUE | {"teachers": ["sasrec"]},
-            {},
-            "NEZHA, softmax over the catalogue, with teachers",
-        ),
+        ("NEZHA", WITH | {"teachers": ["sasrec"]}, {}, "NEZHA"),
         ("popularity", None, {}, "popularity"),
     ],
 )

@@ -52,7 +52,7 @@ def sasrec_runs(monkeypatch):
 def test_a_run_that_goes_on_has_its_teachers_again(catalogue, rings, tmp_path, checkpoint, sasrec_runs):  # noqa: F811
     split, folder = rings.leave_one_out(), str(checkpoint())
     options = TrainingOptions(**(FAST | {"epochs": 3, "dropout": 0.1, "item_dropout": 0.2, "seed": 5}))
-    options = replace(options, teachers=("sasrec", folder), max_history=60)
+    options = replace(options, teachers=("sasrec", folder, "sasrec:2"), max_history=60)
 
     def run(where, options=options, stop=None):
         def write(line):
@@ -65,16 +65,16 @@ def test_a_run_that_goes_on_has_its_teachers_again(catalogue, rings, tmp_path, c
         return model.state_dict()
 
     whole = run("whole")
-    assert [(one.seed, one.max_history) for one in sasrec_runs] == [(5, 60)]
+    assert [(one.seed, one.max_history) for one in sasrec_runs] == [(5, 60), (2, 60)]
     with pytest.raises(KeyboardInterrupt):
         run("broken", stop=2)
-    assert len(sasrec_runs) == 2
+    assert len(sasrec_runs) == 4
     again = run("broken")
-    assert len(sasrec_runs) == 2
+    assert len(sasrec_runs) == 4
     for name, value in whole.items():
         torch.testing.assert_close(again[name], value, msg=name)
     other = run("broken", replace(options, teacher_weight=0.25))  # another run: from the start, SASRec, too
-    assert len(sasrec_runs) == 3
+    assert len(sasrec_runs) == 6
     assert any(not torch.allclose(other[name], value) for name, value in whole.items())
 
 
@@ -171,7 +171,11 @@ def test_a_teacher_of_another_catalogue_or_of_nobody_is_refused(catalogue, rings
         ({"teacher_weight": 0.0}, r"the teachers' weight must be in \(0, 1\], got 0.0"),
         ({"teacher_weight": 1.5}, "got 1.5"),
         ({"teachers": ("sasrec", "sasrec")}, "each once"),
-        ({"teachers": ("",)}, "must be `sasrec` or folders"),
+        ({"teachers": ("sasrec", "sasrec:7"), "seed": 7}, "each once, got \\['sasrec', 'sasrec:7'\\]"),
+        ({"teachers": ("sasrec:7", "sasrec:07")}, "each once"),
+        ({"teachers": ("sasrec:",)}, "teacher 'sasrec:': behind `sasrec:` stands its seed, a whole number from 0"),
+        ({"teachers": ("sasrec:-1",)}, "teacher 'sasrec:-1'"),
+        ({"teachers": ("",)}, "must be `sasrec`, `sasrec:SEED` or folders"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

@@ -70,8 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         dest="teachers",
         metavar="WHAT",
-        help="recommenders whose distributions over items are targets, too: sasrec, which is trained first, or folders "
-        "of checkpoints with the same catalogue and item tokens; of several the mean (default none)",
+        help="recommenders whose distributions over items are targets, too: sasrec, which is trained first, with the "
+        "run's seed (sasrec:SEED: with that one), or folders of checkpoints with the same catalogue and item tokens; "
+        "of several the mean (default none)",
     )
     option("--teacher-weight", float, "teacher_weight", "share of the teachers in the targets of items and codes")
     parser.add_argument(

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SASREC = "sasrec"  # the teacher that is trained first
+SASREC = "sasrec"  # a teacher that is trained first, with the run's seed; with its own as sasrec:SEED
+
+
+def sasrec_seed(teacher: str, seed: int) -> int | None:
+    """The seed of a teacher that is SASRec in a run with ``seed``; None of another teacher. Raises ``ValueError``."""
+    kind, colon, own = teacher.partition(":")
+    if kind != SASREC:
+        return None
+    if colon and not (own.isascii() and own.isdigit()):
+        raise ValueError(f"teacher {teacher!r}: behind `{SASREC}:` stands its seed, a whole number from 0")
+    return int(own) if colon else seed
 
 
 @dataclass(frozen=True)
@@ -16,7 +26,8 @@ class TrainingOptions:
     checkpoint keeps, too. ``item_token_dropout``: see ``packing``.
     ``level_weights``: of the levels' losses, empty for equal ones. ``tie_codes``: see ``regularise.tie_codes``;
     ``item_loss``: weight of the loss of items that have a token, see ``nezha_vllm.item_scores``;
-    ``teachers``: ``sasrec`` or folders of checkpoints, ``teacher_weight``: their share of the targets, see ``lesson``;
+    ``teachers``: ``sasrec``, ``sasrec:SEED`` or folders of checkpoints, ``teacher_weight``: their share of the targets,
+    see ``lesson``;
     ``average``: decay a step of averaged weights, 0 for none.
     """
 
@@ -70,8 +81,12 @@ class TrainingOptions:
             raise ValueError(f"weights of losses must be positive, got {self.level_weights} and {self.item_loss}")
         if not 0 < self.teacher_weight <= 1:
             raise ValueError(f"the teachers' weight must be in (0, 1], got {self.teacher_weight}")
-        if len(set(self.teachers)) < len(self.teachers) or not all(self.teachers):
-            raise ValueError(f"teachers must be `{SASREC}` or folders, each once, got {list(self.teachers)}")
+        seeds = [sasrec_seed(one, self.seed) for one in self.teachers]
+        once = {one if seed is None else seed for one, seed in zip(self.teachers, seeds, strict=True)}
+        if len(once) < len(self.teachers) or not all(self.teachers):
+            raise ValueError(
+                f"teachers must be `{SASREC}`, `{SASREC}:SEED` or folders, each once, got {list(self.teachers)}"
+            )
         if self.dropout_by not in ("row", "token"):
             raise ValueError(f"dropout by {self.dropout_by!r}, must be row or token")
         if self.tie_codes not in ("", "in", "out", "both"):

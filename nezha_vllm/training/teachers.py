@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nezha_vllm.training.lesson import Codes, Lesson
-from nezha_vllm.training.options import SASREC, TrainingOptions
+from nezha_vllm.training.options import TrainingOptions, sasrec_seed
 from nezha_vllm.training.sasrec import SasRec, SasRecModel, SasRecOptions
 from nezha_vllm.training.teacher_models import NezhaTeacher, Reader, SasRecTeacher
 
@@ -46,8 +46,9 @@ class Teachers:
         self.weight, self.tokens, self.catalogue = options.teacher_weight, tokens, catalogue
         self.split, self.device = split, device
         positions = max(SasRecOptions.max_history, options.max_history)
-        self.sasrec = SasRecOptions(seed=options.seed, max_history=positions) if SASREC in options.teachers else None
-        folders = [name for name in options.teachers if name != SASREC]
+        seeds = {name: sasrec_seed(name, options.seed) for name in options.teachers}
+        self.sasrecs = [SasRecOptions(seed=one, max_history=positions) for one in seeds.values() if one is not None]
+        folders = [name for name, seed in seeds.items() if seed is None]
         with self._own_random():
             self.members: list[NezhaTeacher | SasRecTeacher] = [
                 NezhaTeacher(folder, tokens, catalogue, device) for folder in folders
@@ -55,27 +56,28 @@ class Teachers:
         self.digests = [_digest_of_folder(Path(folder)) for folder in folders]
         if len(set(self.digests)) < len(folders):
             raise ValueError(f"--teacher {' '.join(folders)}: the same weights more than once, name each once")
-        if self.sasrec is not None:
-            parts = split.train, split.valid_history, split.valid_target
-            self.digests.append(_digest_of(asdict(self.sasrec), catalogue.version, *parts))
+        self.of_sasrecs = [
+            _digest_of(asdict(one), catalogue.version, split.train, split.valid_history, split.valid_target)
+            for one in self.sasrecs
+        ]
+        self.digests += self.of_sasrecs
         self.codes = Codes(tokens, device)
 
     def learn(self, folder: Path, write: Callable[[str], None]) -> None:
-        """Train SASRec if it is asked for and not in ``folder`` yet; of several processes one does."""
-        if self.sasrec is None:
-            return
-        path = folder / f"sasrec-{self.digests[-1][:16]}.safetensors"
-        items = self.catalogue.item_ids(range(self.catalogue.num_items))
-        with self._own_random(), _alone(path):
-            if not path.is_file():
-                valid = self.split.valid_history, self.split.valid_target
-                made = SasRec(self.split.train, items, *valid, self.sasrec, self.device, write)
-                partial = path.with_suffix(".partial")
-                save_file(made.model.state_dict(), partial)
-                partial.replace(path)
-            model = SasRecModel(len(items), self.sasrec).to(self.device)
-        model.load_state_dict(load_file(path))
-        self.members.append(SasRecTeacher(model, self.sasrec.heads, self.tokens, self.catalogue))
+        """Train what is asked for of SASRec and not in ``folder`` yet; of several processes one does."""
+        items = self.catalogue.item_ids(range(self.catalogue.num_items)) if self.sasrecs else []
+        for options, digest in zip(self.sasrecs, self.of_sasrecs, strict=True):
+            path = folder / f"sasrec-{digest[:16]}.safetensors"
+            with self._own_random(), _alone(path):
+                if not path.is_file():
+                    valid = self.split.valid_history, self.split.valid_target
+                    made = SasRec(self.split.train, items, *valid, options, self.device, write)
+                    partial = path.with_suffix(".partial")
+                    save_file(made.model.state_dict(), partial)
+                    partial.replace(path)
+                model = SasRecModel(len(items), options).to(self.device)
+            model.load_state_dict(load_file(path))
+            self.members.append(SasRecTeacher(model, options.heads, self.tokens, self.catalogue))
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor], labelled: Tensor | None) -> Lesson:
