@@ -106,3 +106,30 @@ def test_steps_stay_inside_graphs_where_every_prompt_fits_one(
     scheduler = SimpleNamespace(max_num_batched_tokens=budget, enable_chunked_prefill=True)
     keep_steps_in_graphs(scheduler, longest_prompt)
     assert (scheduler.max_num_batched_tokens, scheduler.enable_chunked_prefill) == expected
+
+
+@pytest.mark.parametrize(("v2", "longest", "largest"), [(True, 1024, 4096), (False, 1024, 1024), (False, 8192, 4096)])
+def test_model_runner_v1_captures_no_step_longer_than_a_prompt(
+    monkeypatch: pytest.MonkeyPatch, v2: bool, longest: int, largest: int
+) -> None:
+    """It would read blocks behind its table, on a GPU an illegal memory access."""
+    from types import SimpleNamespace
+
+    import torch
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    from nezha_vllm.engine.config_hook import SPLITS_OF_VLLM, set_gpu_defaults
+
+    monkeypatch.setattr(type(current_platform), "is_device_capability", classmethod(lambda cls, *_: True))
+    compilation = SimpleNamespace(cudagraph_mode=None, cudagraph_capture_sizes=None, max_cudagraph_capture_size=None)
+    config = SimpleNamespace(
+        use_v2_model_runner=v2,
+        scheduler_config=SimpleNamespace(max_num_seqs=256, max_num_batched_tokens=8192, enable_chunked_prefill=True),
+        model_config=SimpleNamespace(dtype=torch.bfloat16, enforce_eager=False, max_model_len=longest),
+        compilation_config=compilation,
+        attention_config=SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=SPLITS_OF_VLLM),
+    )
+    set_gpu_defaults(config)
+    assert compilation.cudagraph_mode == CUDAGraphMode.FULL
+    assert max(compilation.cudagraph_capture_sizes) == largest

@@ -180,6 +180,9 @@ def set_gpu_defaults(vllm_config: VllmConfig) -> None:
         if compilation.cudagraph_capture_sizes is None:
             # a step of more tokens than all requests can have together does not exist, and cannot be captured
             most = min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * model.max_model_len)
+            if not vllm_config.use_v2_model_runner:
+                # V1 captures as if a request had all of a step's tokens; its blocks must be in the table
+                most = min(most, model.max_model_len)
             compilation.cudagraph_capture_sizes = graph_sizes(most, compilation.max_cudagraph_capture_size)
         attention = vllm_config.attention_config
         if attention.flash_attn_max_num_splits_for_cuda_graph == SPLITS_OF_VLLM:
