@@ -13,14 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.quality_rows import OURS, Result
+from benchmarks.quality_rows import OURS, TAUGHT, Result
 from nezha_vllm.training.comparison import BASELINES
 from nezha_vllm.training.metrics import gains, hits
 from nezha_vllm.training.results import load_ranks
 from nezha_vllm.training.significance import Difference, paired_bootstrap
 
 METRICS = {"Hit@5": (hits, 5), "Hit@10": (hits, 10), "NDCG@5": (gains, 5), "NDCG@10": (gains, 10)}
-UNSEEDED = {label for name, label in BASELINES.items() if name != "sasrec"}  # nothing is drawn in them
+SASREC = BASELINES["sasrec"]
+UNSEEDED = set(BASELINES.values()) - {SASREC}  # nothing is drawn in them
 COLUMNS = ["dataset", "model", "method", "seeds", "metric", *Difference._fields, "runs"]
 
 
@@ -47,8 +48,8 @@ def kept_at(results: Path) -> Path:
 def gaps(results: Sequence[Result], ranks: Path | None, kept: Path) -> list[Gap]:
     """Of every model with NEZHA and every method beside it. With ``ranks`` they are made, and written to ``kept``.
 
-    Baselines stand beside one model only, of which the data set has most rows; its own NEZHA stands beside those of
-    other models that were trained for as many epochs.
+    Baselines stand beside one model only, of which the data set has most rows, and SASRec beside its students. That
+    model's NEZHA stands beside those of others that were trained for as many epochs.
     """
     known = {one.key: one for one in _read(kept) if one.runs <= {result.run for result in results}}
     made = {one.key: one for one in _made(results, ranks)} if ranks else {}
@@ -73,7 +74,8 @@ def _made(results: Sequence[Result], ranks: Path) -> Iterable[Gap]:
         models = [one.model for one in results if one.dataset == dataset and one.model]
         first = max(dict.fromkeys(models), key=models.count)
         for (where, beside, other), theirs in sides.items():
-            if where == dataset and (beside == model or (first == model and not beside)) and other != OURS:
+            baseline = not beside and (model == first or (other == SASREC and model.endswith(TAUGHT)))
+            if where == dataset and (beside == model or baseline) and other != OURS:
                 yield from _gap(dataset, model, other, ours, theirs, once=other in UNSEEDED)
         groups = (dataset, model, OURS), (dataset, first, OURS)
         if groups[0] != groups[1] in sides and len({epochs[group] for group in groups}) == 1:

@@ -19,6 +19,7 @@ OURS = LABELS["nezha"]
 NO_TOKENS = ", no item tokens"  # as in the paper
 NO_SCORES = ", no item scores"  # of models with item tokens
 SHORT_HISTORIES = ", short histories"  # one token an item
+TAUGHT = ", with teachers"  # of models
 OVER_CATALOGUE = ", softmax over the catalogue"
 PLANNED = {PLAIN: NO_TOKENS, CODES: NO_SCORES, SHORT: SHORT_HISTORIES}
 
@@ -43,7 +44,7 @@ class Result:
             planned = row["run"].split("/")
             model = planned[1] if len(planned) == PARTS_OF_A_RUN else shape
             model += f", {config['epochs']} epochs"  # one table never compares unequal budgets
-            model += ", with teachers" if config.get("teachers") else ""
+            model += TAUGHT if config.get("teachers") else ""
         return cls(row["dataset"], model, _method(row, config), int(row["seed"]), row["run"], row)
 
     @cached_property

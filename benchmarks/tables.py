@@ -34,7 +34,8 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "validity": ("validity", kernel_tables.validity),
     "agreement": ("agreement", served_tables.agreement),
 }
-H200 = {f"{name}-h200": TABLES[name] for name in ("kernels", "kernel-parts")}  # beside those of most rows' GPU
+# beside those of most rows' GPU
+H200 = {f"{name}-h200": TABLES[name] for name in ("kernels", "kernel-parts", "latency-in-process")}
 TOGETHER = {f"{name}-together": TABLES[name] for name in ("latency", "throughput")}
 
 
