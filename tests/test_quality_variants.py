@@ -257,6 +257,30 @@ def test_nezha_stands_against_every_method_with_and_without_item_tokens(both, tm
     assert "| language model, beam search, no item tokens | tiny, 3 epochs | 1 | +1.0000" in text
 
 
+def test_students_stand_beside_their_teacher_and_the_model_that_had_none(write, tmp_path):
+    """A model of other epochs stands beside none of them."""
+    taught = WITH | {"teachers": ["sasrec"]}
+    made = [
+        ("tiny/nezha/0/a", "NEZHA", WITH, 8),
+        ("tiny/mtp/0/a", "MTP heads", WITH, 8),
+        ("tiny/nezha/0/a-b", "SASRec, full cross-entropy", None, 20),
+        ("taught/nezha/0/a", "NEZHA", taught, 0),
+        ("longer/nezha/0/a", "NEZHA", WITH | {"epochs": 9}, 0),
+    ]
+    for run, label, _, rank in made:
+        path = tmp_path / "ranks" / f"ring-{run.replace('/', '-')}.npz"
+        save_ranks(path, Comparison("ring", "test", 200, 9, False, 5, 9, "v", {}, ranks={label: np.full(200, rank)}))
+    results = read(write(*((f"ring/{run}", label, config, {}) for run, label, config, _ in made)))
+    found = {(gap.model, gap.method): gap.by["Hit@5"].mean for gap in gaps(results, tmp_path / "ranks", tmp_path / "g")}
+    student = "taught, 3 epochs, with teachers"
+    assert found == {
+        ("tiny, 3 epochs", "MTP heads"): 0,
+        ("tiny, 3 epochs", "SASRec, full cross-entropy"): 0,
+        (student, "SASRec, full cross-entropy"): 1,
+        (student, "NEZHA of tiny, 3 epochs"): 1,
+    }
+
+
 def test_the_main_table_has_each_method_beside_itself_without_item_tokens(both):
     lines = [line.split(" | ") for line in make(both).splitlines() if " | tiny, 3 epochs | " in line]
     beams = ("language model, beam search", "language model, constrained beam search")
