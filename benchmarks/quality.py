@@ -181,17 +181,6 @@ def _figures(results: Path, job: Job) -> list[str]:
     ]
 
 
-def chosen(jobs: Sequence[Job], texts: Sequence[str]) -> list[Job]:
-    """Those whose name holds one of the texts, and the teachers of models among them, which students share."""
-    named = {job.name: job for job in jobs}
-    names = [name for name in named if any(text in name for text in texts)]
-    for name in names:  # grows meanwhile
-        teacher = named[name].after
-        if ": " not in name and teacher in named and teacher not in names:
-            names.append(teacher)
-    return [job for job in jobs if job.name in names]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plans", nargs="+", metavar="PLAN[:N]", help="one after another; :N of its order the first N")
@@ -215,8 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     places = Places(*(path.absolute() for path in (arguments.data, arguments.work, arguments.results)))
+    wanted = arguments.only
     jobs = list({job.name: job for plan in plans for job in runs(plan, places)}.values())
-    jobs = chosen(jobs, arguments.only) if arguments.only else jobs
+    jobs = [job for job in jobs if not wanted or any(text in job.name for text in wanted)]
     jobs.sort(key=lambda job: job.alone)  # those let nothing else run, so they wait for all plans
     if arguments.list:
         finished = finished_runs(places.results)

@@ -20,7 +20,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 from benchmarks import quality_gains, quality_gaps, quality_rows, quality_tables
 from benchmarks.machine import ROOT
-from benchmarks.quality import Runner, chosen, load, main
+from benchmarks.quality import Runner, load, main
 from benchmarks.quality_plan import Job, Places, Plan, Step, finished_runs, is_done, preparations, remaining, runs
 from nezha_vllm import cli
 
@@ -276,7 +276,6 @@ def test_a_model_waits_for_its_teacher_and_is_another_with_another(places, tmp_p
         words = student.steps[1].words
         assert words[words.index("--teacher") + 1 :][:2] == ["sasrec", str(teacher.steps[0].made.parent)]
         assert words[-2:] == ["--teacher-cache", str(places.work / "teachers")]
-    assert chosen([*found.values()], ["taught/ar/1"]) == [found["tiny", "ar", 1], found["taught", "ar", 1]]
     other = jobs(PLAN.replace('"--layers", "1"', '"--layers", "2"'))
     assert {job.name for job in found.values()}.isdisjoint(job.name for job in other.values())
 
