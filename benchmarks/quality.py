@@ -90,16 +90,20 @@ class Runner:
     def _next(self, waiting: list[Job], running: Sequence[Running]) -> Job | None:
         """Takes the first job that need not wait for another; those whose data are not to be had have failed, too.
 
-        One that is to be alone lets none behind it start.
+        Two that lack the same file, as students whose teacher's checkpoint is gone, are not at work at one time. One
+        that is to be alone lets none behind it start.
         """
         if any(one.job.alone for one in running):
             return None
         pending = {job.name for job in waiting} | {one.job.name for one in running}
-        for job in [job for job in waiting if job.after not in pending]:
+        making = {path for one in running for path in _lacking(one.job)}
+        for job in [job for job in waiting if pending.isdisjoint(job.after)]:
             if job.alone and running:
                 return None
+            if not making.isdisjoint(_lacking(job)):
+                continue
             waiting.remove(job)
-            if job.after not in self.failed:
+            if not set(self.failed).intersection(job.after):
                 return job
             self.failed.append(job.name)
         return None
@@ -166,6 +170,10 @@ def load(text: str) -> Plan:
 def _python_path() -> str:
     """So that the processes find ``benchmarks``, wherever this one was started."""
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _lacking(job: Job) -> set[Path]:
+    return {step.made for step in job.steps if step.made and not step.made.is_file()}
 
 
 def _figures(results: Path, job: Job) -> list[str]:

@@ -93,11 +93,15 @@ def published_table(results: Sequence[Result]) -> str:
 
 
 def backbones_table(results: Sequence[Result]) -> str:
-    """Where a data set has several backbones: NEZHA, beam search and MTP heads of each, of the seeds that all have."""
+    """Where a data set has several backbones: NEZHA, beam search and MTP heads of each, of the seeds that all have.
+
+    Models with teachers are not among them: what they differ in is not the backbone.
+    """
     methods = {OURS: OURS, LABELS["ar"]: "beam search", LABELS["mtp"]: "MTP"}
     lines = []
     for dataset in dict.fromkeys(one.dataset for one in results):
         here = [one for one in results if one.dataset == dataset and one.method in methods]
+        here = [one for one in here if not one.config.get("teachers")]
         ours = [one for one in here if one.method == OURS]
         models = list(dict.fromkeys(one.model for one in ours))
         seeds = {one.seed for one in ours}.intersection(

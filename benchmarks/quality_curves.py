@@ -78,6 +78,16 @@ def level_table(rows: Mapping[str, Mapping[str, Sequence[Result]]]) -> str:
     return table([*heads, "Hit@10, final", "valid beams, final"], lines, left=1) if lines else ""
 
 
+def of_most_rows(results: Sequence[Result]) -> list[Result]:
+    """Of each data set those of the model with most rows."""
+    found = []
+    for dataset in dict.fromkeys(one.dataset for one in results):
+        here = [one for one in results if one.dataset == dataset and one.model]
+        models = [one.model for one in here]
+        found += [one for one in here if one.model == max(models, key=models.count)]
+    return found
+
+
 def time_lines(results: Sequence[Result], minutes: Minutes) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
     """Data set → method → minutes of training, the least of the seeds, and NDCG@10 at each validation, their mean.
 
@@ -86,9 +96,7 @@ def time_lines(results: Sequence[Result], minutes: Minutes) -> dict[str, dict[st
     """
     found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for dataset in dict.fromkeys(one.dataset for one in results):
-        here = [one for one in results if one.dataset == dataset and one.config.get("validations")]
-        models = [one.model for one in here]
-        here = [one for one in here if one.model == max(dict.fromkeys(models), key=models.count)]
+        here = [one for one in of_most_rows(results) if one.dataset == dataset and one.config.get("validations")]
         for method in TRAINED:
             runs = [one for one in here if one.method == method]
             epochs = {tuple(epoch for epoch, _, _ in one.config["validations"]) for one in runs}
@@ -133,17 +141,19 @@ def latency_table(results: Sequence[Result]) -> str:
 
 
 def search_table(results: Sequence[Result]) -> str:
-    """One line a data set (with its tokenizer), change of options and method, best NDCG@10 first; means over seeds."""
+    """Of validation items, one line a data set (with its tokenizer), change of options, method and beam width, best
+    NDCG@10 first; means over seeds, of each the newest row.
+    """
     groups: dict[tuple, list] = {}
-    for one in results:
-        if one.model:  # no baselines
-            groups.setdefault(one.group, []).append(one)
+    found = [one for one in results if one.model and one.row["split"] == "valid" and not one.measures_beside]
+    for one in {(*one.group, one.row["beam_width"], one.seed): one for one in found}.values():
+        groups.setdefault((*one.group, one.row["beam_width"]), []).append(one)
     lines = [
         [*key, str(len(group)), *(f"{fmean(one.number(name) for one in group):.4f}" for name in SEARCHED)]
         for key, group in groups.items()
     ]
     lines.sort(key=lambda line: (-float(line[-1]), line))
-    heads = ["data set", "options", "", "seeds", "Hit@5", "Hit@10", "NDCG@5", "NDCG@10"]
+    heads = ["data set", "options", "", "K", "seeds", "Hit@5", "Hit@10", "NDCG@5", "NDCG@10"]
     return table(heads, lines, left=3) if lines else ""
 
 

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--metric", default="ndcg@10", metavar="NAME")
     arguments = parser.parse_args(argv)
     planned = {job.name for job in runs(Plan.load(arguments.plan), Places(Path(), Path(), arguments.results))}
-    lines = gains([one for one in read(arguments.results, "valid") if one.run in planned], arguments.metric)
+    lines = gains(read(arguments.results, "valid", planned), arguments.metric)
     names = list(dict.fromkeys(name for _, _, by_data in lines for name in by_data))
     cells = [
         [option, method, *(f"{by[name]:+.1f}" if name in by else "" for name in names), f"{fmean(by.values()):+.1f}"]

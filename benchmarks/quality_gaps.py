@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.quality_rows import OURS, TAUGHT, Result
+from benchmarks.quality_rows import OURS, Result
 from nezha_vllm.training.comparison import BASELINES
 from nezha_vllm.training.metrics import gains, hits
+from nezha_vllm.training.options import sasrec_seed
 from nezha_vllm.training.results import load_ranks
 from nezha_vllm.training.significance import Difference, paired_bootstrap
 
@@ -61,9 +62,14 @@ def gaps(results: Sequence[Result], ranks: Path | None, kept: Path) -> list[Gap]
     return list(known.values())
 
 
+def _is_student(one: Result) -> bool:
+    return any(sasrec_seed(teacher, one.seed) is not None for teacher in one.config.get("teachers", ()))
+
+
 def _made(results: Sequence[Result], ranks: Path) -> Iterable[Gap]:
     sides: dict[tuple[str, str, str], dict[int, tuple[str, np.ndarray]]] = {}
     epochs = {one.group: one.config.get("epochs") for one in results}
+    students = {(one.dataset, one.model) for one in results if _is_student(one)}
     for one in results:
         path = ranks / f"{one.run.replace('/', '-')}.npz"
         if path.is_file():
@@ -74,17 +80,17 @@ def _made(results: Sequence[Result], ranks: Path) -> Iterable[Gap]:
         models = [one.model for one in results if one.dataset == dataset and one.model]
         first = max(dict.fromkeys(models), key=models.count)
         for (where, beside, other), theirs in sides.items():
-            baseline = not beside and (model == first or (other == SASREC and model.endswith(TAUGHT)))
+            baseline = not beside and (model == first or (other == SASREC and (dataset, model) in students))
             if where == dataset and (beside == model or baseline) and other != OURS:
                 yield from _gap(dataset, model, other, ours, theirs, once=other in UNSEEDED)
-        groups = (dataset, model, OURS), (dataset, first, OURS)
-        if groups[0] != groups[1] in sides and len({epochs[group] for group in groups}) == 1:
-            yield from _gap(dataset, model, f"{OURS} of {first}", ours, sides[groups[1]], once=False)
+        main = dataset, first, OURS
+        if model != first and main in sides and epochs[main] == epochs[dataset, model, method]:
+            yield from _gap(dataset, model, f"{OURS} of {first}", ours, sides[main], once=False)
 
 
 def _gap(dataset: str, model: str, method: str, ours: dict, theirs: dict, once: bool) -> Iterable[Gap]:
     """``once``: a baseline without seeds, which stands against all of ours."""
-    seeds = list(ours) if once else [seed for seed in ours if seed in theirs]
+    seeds = sorted(ours) if once else sorted(ours.keys() & theirs)
     if not seeds:
         return
     pairs = [(ours[seed], next(iter(theirs.values())) if once else theirs[seed]) for seed in seeds]

@@ -27,6 +27,7 @@ METHODS = ("nezha", "nezha-1", "nezha-2", "nezha-3", "nezha-4", "mtp", "ar")
 METHODS += tuple(method + variant for method in ("nezha", "ar") for variant in VARIANTS)
 SUBSET = ("datasets", "models", "methods", "seeds")
 TABLES = {"datasets": ("prepare", "tokenize", "train"), "models": ("train",)}
+MODEL = "{model:"
 TEACHER = re.compile(r"\{model:(.+)\}")
 
 
@@ -41,18 +42,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Job:
-    """Steps in their order; ``after``: the job that makes what this one reads; ``alone``: nothing runs beside it."""
+    """Steps in their order; ``after``: jobs that make what this one reads; ``alone``: nothing runs beside it."""
 
     name: str
     steps: list[Step]
-    after: str = ""
+    after: tuple[str, ...] = ()
     alone: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``datasets`` and ``models``: name → arguments of each verb, ``{data}`` is the folder of the raw files, among
-    a model's ``{model:NAME}`` the checkpoint of one before it, of the same data set, method and seed: its teacher.
+    """``datasets`` and ``models``: name → arguments of each verb. ``{data}`` is the folder of the raw files,
+    ``{model:NAME}``, once in a model's, the checkpoint of a model before it, of the same data set, method and seed.
 
     ``by_method``: what a method is trained with besides, or instead. ``order``: what is run first, next and so on,
     each a table of some ``datasets``, ``models``, ``methods`` and ``seeds``, all where it names none; without it
@@ -94,15 +95,25 @@ class Plan:
             for name, arguments in getattr(plan, table).items():
                 if strange := sorted(set(arguments) - set(verbs)):
                     raise ValueError(f"{path}: {table}.{name} has {strange}, known are {list(verbs)}")
-        for at, name in enumerate(plan.models):
-            teachers = _teachers(plan, name)
-            if len(teachers) > 1 or not set(teachers) <= set(list(plan.models)[:at]):
-                raise ValueError(f"{path}: models.{name} is taught by {teachers}, must be one that stands before it")
+        plan._check_teachers(path)
         for subset in plan.order:
             for key, names in subset.items():
                 if key not in SUBSET or not set(names) <= set(getattr(plan, key)):
                     raise ValueError(f"{path}: order has {key} = {names}, which the plan does not have")
         return plan
+
+    def _check_teachers(self, path: Path) -> None:
+        before = list[str]()
+        for name, arguments in self.models.items():
+            words = [word for word in arguments.get("train", []) if MODEL in word]
+            known = [TEACHER.fullmatch(word) for word in words]
+            if len(words) > 1 or not all(found and found[1] in before for found in known):
+                raise ValueError(f"{path}: models.{name} has {words}, may have one {MODEL}NAME}} of a model before it")
+            before.append(name)
+        others = [self.train, self.evaluate, *self.by_method.values()]
+        others += [words for arguments in self.datasets.values() for words in arguments.values()]
+        if found := [word for words in others for word in words if MODEL in word]:
+            raise ValueError(f"{path}: {found} outside of a model's train: only there it has a meaning")
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
     """
     folder, _ = _dataset(plan, places, dataset)
     trained = _trained_as(method)
-    name, checkpoint, train, after = _trained(plan, places, dataset, model, trained, seed)
+    name, checkpoint, train, taught_by = _trained(plan, places, dataset, model, trained, seed)
 
     def evaluate(run: str, *more: str) -> Step:
         ranks = places.work / "ranks" / f"{run.replace('/', '-')}.npz"
@@ -178,7 +189,7 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
         for width, validity in itertools.product(plan.curve, ("stepwise", "final")):
             more = "--beam-width", str(width), "--validity", validity, "--baselines"
             widths.append(evaluate(f"{name}{CURVE}{width}-{validity}", *more))
-    baselines = Job(f"{name}: baselines", beside, name)
+    baselines = Job(f"{name}: baselines", beside, (name,))
     last = baselines.name if beside else name  # one after another: without a checkpoint each would train
     alone = []
     if method == "nezha" and first and seed == plan.seeds[0] and plan.alone:
@@ -190,10 +201,10 @@ def _run(plan: Plan, places: Places, dataset: str, model: str, method: str, seed
         if "nezha-4" in plan.methods:
             alone.append(evaluate(f"{name}{ALONE}-final", "--validity", "final", *ask))
     return [
-        Job(name, steps, after or f"{dataset}: data"),
+        Job(name, steps, (f"{dataset}: data", *taught_by)),
         baselines,
-        Job(f"{name}: widths", widths if len(widths) > len(train) else [], last),
-        Job(f"{name}: alone", alone, name, alone=True),
+        Job(f"{name}: widths", widths if len(widths) > len(train) else [], (last,)),
+        Job(f"{name}: alone", alone, (name,), alone=True),
     ]
 
 
@@ -206,30 +217,28 @@ def _trained_as(method: str) -> str:
     return "nezha" if method == "nezha-4" else method
 
 
-def _teachers(plan: Plan, model: str) -> list[str]:
-    return [found[1] for word in plan.models[model].get("train", []) if (found := TEACHER.fullmatch(word))]
-
-
 def _trained(
     plan: Plan, places: Places, dataset: str, model: str, method: str, seed: int
-) -> tuple[str, Path, list[Step], str]:
-    """Name of a training run, its checkpoint, the steps that make it, and the run whose checkpoint it reads, if any."""
+) -> tuple[str, Path, list[Step], list[str]]:
+    """Name of a training run, its checkpoint, the steps that make it, and the runs whose checkpoints it reads."""
     folder, catalogue = _dataset(plan, places, dataset)
     options = [*plan.train, *plan.models[model].get("train", []), *plan.datasets[dataset].get("train", [])]
     options += plan.by_method.get(method, [])
     variant = variant_of(method)
     options += ["--method", method.removesuffix(variant), *VARIANTS.get(variant, []), "--seed", str(seed)]
-    teacher, read, steps = "", Path(), list[Step]()
-    for one in _teachers(plan, model):
-        teacher, read, steps, _ = _trained(plan, places, dataset, one, method, seed)
-    hashed = [TEACHER.sub(teacher, word) for word in options]
+    hashed, filled, before, teachers = list[str](), list[str](), list[Step](), list[str]()
+    for word in options:
+        if found := TEACHER.fullmatch(word):
+            teacher, read, before, _ = _trained(plan, places, dataset, found[1], method, seed)
+            teachers.append(teacher)
+        hashed.append(teacher if found else word)
+        filled.append(str(read) if found else word)
     name = f"{dataset}/{model}/{method}/{seed}/{_digest([plan.datasets[dataset], hashed, plan.evaluate])}"
     checkpoint = places.work / "models" / name / "checkpoint"
-    filled = [str(read) if TEACHER.fullmatch(word) else word for word in options]
     words = ["train", str(folder), str(catalogue), *filled, "--out", str(checkpoint)]
     if "--teacher" in options:  # methods of one data set and seed have the same SASRec
         words += ["--teacher-cache", str(places.work / "teachers")]
-    return name, checkpoint, [*steps, Step(words, checkpoint / "config.json")], teacher
+    return name, checkpoint, [*before, Step(words, checkpoint / "config.json")], teachers
 
 
 def _dataset(plan: Plan, places: Places, name: str) -> tuple[Path, Path]:

@@ -72,7 +72,7 @@ def main_table(results: Sequence[Result], dataset: str, minutes: Minutes) -> str
 
 
 def differences(found: Sequence[Gap], dataset: str) -> str:
-    """NEZHA minus each method of its model, and minus each baseline."""
+    """NEZHA minus each method of its model, each baseline, and NEZHA of the model with most rows."""
     here = [gap for gap in found if gap.dataset == dataset]
     here.sort(key=lambda gap: (gap.model, _place(gap.method)))
     lines = [
@@ -150,9 +150,9 @@ def sections(arguments: argparse.Namespace) -> tuple[dict[str, str], list[Path]]
         "quality-backbones": quality_claims.backbones_table(results),
         "quality-widths": section("widths", quality_curves.width_table(widths), widths),
         "quality-levels": section("levels", quality_curves.level_table(levels), of_levels),
-        "quality-time": section("time", quality_curves.time_table(times), [one for one in results if one.model]),
+        "quality-time": section("time", quality_curves.time_table(times), quality_curves.of_most_rows(results)),
         "quality-latency": section("latency", quality_curves.latency_table(timed), timed),
-        "quality-search": quality_curves.search_table(read(arguments.results, "valid")),
+        "quality-search": quality_curves.search_table(rows),
     }
     for name in PICTURES:
         path = images / f"quality-{name}.svg"

@@ -147,12 +147,24 @@ def test_a_job_goes_on_at_the_step_it_lacks(places, tmp_path):
     assert [path.read_text() for path in made] == ["before\n", "x\n"]
 
 
+def test_jobs_that_lack_the_same_file_are_not_at_work_at_one_time(places, tmp_path):
+    """Students whose teacher has its row, but no checkpoint any more."""
+    shared = tmp_path / "teacher"
+    teach = Step([f"test ! -e {shared}.part && touch {shared}.part && sleep 0.5 && mv {shared}.part {shared}"], shared)
+    made = [tmp_path / f"student{n}" for n in range(3)]
+    jobs = [Job(path.name, [teach, Step([f"test -f {shared} && touch {path}"], path)]) for path in made]
+    found = runner(places, processes=3)
+    assert found.run(jobs)
+    assert not found.failed
+    assert all(path.exists() for path in made)
+
+
 def test_a_job_waits_for_its_data_and_fails_with_them(places, tmp_path):
     made = [tmp_path / f"made{n}" for n in range(4)]
     slow = job_of(places, "slow", "sleep 0.5; touch {made}", made[0])
     bad = job_of(places, "bad", "exit 1", made[1])
-    after_slow = replace(job_of(places, "reader", f"test -f {made[0]} && touch {{made}}", made[2]), after="slow")
-    after_bad = replace(job_of(places, "orphan", "touch {made}", made[3]), after="bad")
+    after_slow = replace(job_of(places, "reader", f"test -f {made[0]} && touch {{made}}", made[2]), after=("slow",))
+    after_bad = replace(job_of(places, "orphan", "touch {made}", made[3]), after=("bad",))
     found = runner(places, processes=3)
     assert found.run([after_slow, after_bad, slow, bad])
     assert found.failed == ["bad", "orphan"]
@@ -210,10 +222,13 @@ def test_when_the_time_is_up_children_of_children_are_stopped(places, tmp_path):
         (("[models.tiny]", "order = [{ seeds = [7] }]\n[models.tiny]"), "order has seeds = \\[7\\]"),
         (("seeds =", "sedes ="), "sedes"),
         (("methods = [", "methods = "), "plan.toml"),
+        (('"--heads", "1"]', '"--teacher", "{model:tiny}"]'), "models.tiny has \\['{model:tiny}'\\], may have one"),
         (
-            ('"--heads", "1"]', '"--teacher", "{model:tiny}"]'),
-            "models.tiny is taught by \\['tiny'\\], must be one that",
+            ("[models.tiny]", '[models.a]\n[models.b]\ntrain = ["{model:a}", "{model:a}"]\n[models.tiny]'),
+            "may have one",
         ),
+        (("[models.tiny]", '[models.a]\n[models.b]\ntrain = ["--teacher={model:a}"]\n[models.tiny]'), "may have one"),
+        (('"--epochs", "1"', '"--teacher", "{model:tiny}"'), "outside of a model's train"),
     ],
 )
 def test_a_wrong_plan_says_where(change, said, tmp_path):
@@ -271,7 +286,7 @@ def test_a_model_waits_for_its_teacher_and_is_another_with_another(places, tmp_p
     assert len(found) == 8
     for method, seed in itertools.product(("nezha", "ar"), (0, 1)):
         teacher, student = found["tiny", method, seed], found["taught", method, seed]
-        assert (teacher.after, student.after) == ("ring: data", teacher.name)
+        assert (teacher.after, student.after) == (("ring: data",), ("ring: data", teacher.name))
         assert student.steps[0] == teacher.steps[0]
         words = student.steps[1].words
         assert words[words.index("--teacher") + 1 :][:2] == ["sasrec", str(teacher.steps[0].made.parent)]
@@ -337,7 +352,7 @@ def test_baselines_and_widths_come_after_their_model(places):
         last = last[last.index(what if what != "baselines" else "") :]  # none before all models, none left for later
         assert job.alone == (what == "alone")
         if what:
-            assert job.after == (f"{model}: baselines" if what == "widths" else model)
+            assert job.after == ((f"{model}: baselines" if what == "widths" else model),)
             assert job.steps[0] == jobs[model].steps[0]
 
 

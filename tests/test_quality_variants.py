@@ -14,7 +14,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 from benchmarks import quality_gains
 from benchmarks.quality_claims import RIVALS, backbones_table, published_table, sacrifice_tables
-from benchmarks.quality_curves import TRAINED, level_rows, time_lines, time_table, width_rows
+from benchmarks.quality_curves import TRAINED, level_rows, search_table, time_lines, time_table, width_rows
 from benchmarks.quality_gaps import gaps
 from benchmarks.quality_plan import ALONE, Places, Plan, runs
 from benchmarks.quality_plots import COLOURS, MARKERS
@@ -322,10 +322,14 @@ def test_curves_are_of_nezha_with_item_tokens(plan, write):
     assert [one.run for one in by["NEZHA"]] == ["ring/tiny/nezha/0/b"]
 
 
+def cells(text):
+    """Of a table, line by line, without its head."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+
+
 def gained(plan, path, capsys):
     assert quality_gains.main([str(plan), "--results", str(path)]) == 0
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
-    return {(line[0], line[1]): line[2:] for line in lines}
+    return {(line[0], line[1]): line[2:] for line in cells(capsys.readouterr().out)}
 
 
 def test_options_that_change_a_rows_name_are_set_against_the_base_of_the_method(tmp_path, write, capsys):
@@ -353,7 +357,13 @@ def test_options_that_change_a_rows_name_are_set_against_the_base_of_the_method(
         figure = figures[option] * {"nezha": 1, "ar": 2, "nezha-plain": 0.5}[method]
         figure = 0.01 if (option, method) == ("paper", "ar") else figure
         rows.append((job.name, label, config, {"figure": figure, "split": "valid"}))
-    found = gained(plan, write(*rows), capsys)
+    another = ("ring/base/nezha/0/another", "NEZHA", OVER_CATALOGUE, {"figure": 0.9, "split": "valid", "beam_width": 7})
+    path = write(*rows, another)  # the base of another plan
+    found = gained(plan, path, capsys)
+    shown = [
+        line for line in cells(search_table(read_all(path))) if line[1] == "base, 3 epochs" and "NEZHA, s" in line[2]
+    ]
+    assert [line[3:6] for line in shown] == [["7", "1", "0.9000"], ["20", "1", "0.0400"]]
     constrained = "language model, constrained beam search"
     expected = {("codes", "NEZHA"): "+25.0", ("no-tokens", "NEZHA"): "-50.0", ("paper", "NEZHA"): "-25.0"}
     expected |= {("codes", constrained): "+25.0", ("no-tokens", constrained): "-50.0", ("paper", constrained): "-87.5"}

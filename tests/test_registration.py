@@ -108,9 +108,21 @@ def test_steps_stay_inside_graphs_where_every_prompt_fits_one(
     assert (scheduler.max_num_batched_tokens, scheduler.enable_chunked_prefill) == expected
 
 
-@pytest.mark.parametrize(("v2", "longest", "largest"), [(True, 1024, 4096), (False, 1024, 1024), (False, 8192, 4096)])
+@pytest.mark.parametrize(
+    ("v2", "longest", "given", "largest"),
+    [
+        (True, 1024, None, 4096),
+        (True, 1024, 2048, 2048),
+        (False, 1024, None, 1024),
+        (False, 1000, None, 1000),
+        (False, 1024, 2048, 1024),
+        (False, 1024, 100, 100),
+        (False, 8192, None, 4096),
+        (False, 5, None, 5),
+    ],
+)
 def test_model_runner_v1_captures_no_step_longer_than_a_prompt(
-    monkeypatch: pytest.MonkeyPatch, v2: bool, longest: int, largest: int
+    monkeypatch: pytest.MonkeyPatch, v2: bool, longest: int, given: int | None, largest: int
 ) -> None:
     """It would read blocks behind its table, on a GPU an illegal memory access."""
     from types import SimpleNamespace
@@ -122,7 +134,7 @@ def test_model_runner_v1_captures_no_step_longer_than_a_prompt(
     from nezha_vllm.engine.config_hook import SPLITS_OF_VLLM, set_gpu_defaults
 
     monkeypatch.setattr(type(current_platform), "is_device_capability", classmethod(lambda cls, *_: True))
-    compilation = SimpleNamespace(cudagraph_mode=None, cudagraph_capture_sizes=None, max_cudagraph_capture_size=None)
+    compilation = SimpleNamespace(cudagraph_mode=None, cudagraph_capture_sizes=None, max_cudagraph_capture_size=given)
     config = SimpleNamespace(
         use_v2_model_runner=v2,
         scheduler_config=SimpleNamespace(max_num_seqs=256, max_num_batched_tokens=8192, enable_chunked_prefill=True),
@@ -133,3 +145,4 @@ def test_model_runner_v1_captures_no_step_longer_than_a_prompt(
     set_gpu_defaults(config)
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL
     assert max(compilation.cudagraph_capture_sizes) == largest
+    assert compilation.max_cudagraph_capture_size in (None, largest)  # vLLM refuses what is not the largest size

@@ -103,7 +103,7 @@ def test_a_teacher_whose_weights_changed_is_another(catalogue, rings, checkpoint
 @pytest.mark.parametrize(
     ("trained", "asked", "message"),
     [
-        (None, {}, "neither `sasrec` nor a folder with a config.json"),
+        (None, {}, "neither `sasrec`, `sasrec:SEED` nor a folder with a config.json"),
         ({"item_tokens": 0}, {}, "has no item tokens: train it with those of this run, `--item-tokens 24`"),
         ({"item_loss": 0.0}, {}, "has not learnt what items are worth: train it with `--item-loss` above 0"),
         ({"item_tokens": 10}, {}, "has 10 item tokens, not the same as the 24 of this run: train it with the same"),
@@ -173,8 +173,10 @@ def test_a_teacher_of_another_catalogue_or_of_nobody_is_refused(catalogue, rings
         ({"teachers": ("sasrec", "sasrec")}, "each once"),
         ({"teachers": ("sasrec", "sasrec:7"), "seed": 7}, "each once, got \\['sasrec', 'sasrec:7'\\]"),
         ({"teachers": ("sasrec:7", "sasrec:07")}, "each once"),
-        ({"teachers": ("sasrec:",)}, "teacher 'sasrec:': behind `sasrec:` stands its seed, a whole number from 0"),
+        ({"teachers": ("sasrec:",)}, "teacher 'sasrec:': behind `sasrec:` stands its seed, a whole number below 2"),
         ({"teachers": ("sasrec:-1",)}, "teacher 'sasrec:-1'"),
+        ({"teachers": (f"sasrec:{2**63}",)}, "a whole number below 2"),
+        ({"teachers": ("sasrec:" + 5000 * "9",)}, "a whole number below 2"),
         ({"teachers": ("",)}, "must be `sasrec`, `sasrec:SEED` or folders"),
     ],
 )

@@ -285,7 +285,7 @@ def test_nothing_random_hangs_on_teachers_and_they_are_no_part_of_the_model(cata
     torch.manual_seed(0)
     split = SimpleNamespace(train=[ITEMS[:4]] * 3, valid_history=[ITEMS[:2]], valid_target=ITEMS[2:3])
     teachers = Teachers(TrainingOptions(teachers=(folder, "sasrec")), own.item_tokens, catalogue, split, CPU)
-    teachers.sasrecs = [replace(one, epochs=1) for one in teachers.sasrecs]
+    teachers.sasrecs = {digest: replace(one, epochs=1) for digest, one in teachers.sasrecs.items()}
     teachers.learn(tmp_path, quiet)
     batch = TaughtCollator.of(collator, teachers, False)(pieces)
     own.teachers = teachers

@@ -136,7 +136,7 @@ def _check(folder: Path, tokens: ItemTokens) -> None:
     """Raises ``ValueError`` for what its files say, before its weights are read."""
     who = f"--teacher {folder}"
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{who}: neither `{SASREC}` nor a folder with a config.json")
+        raise ValueError(f"{who}: neither `{SASREC}`, `{SASREC}:SEED` nor a folder with a config.json")
     note = training_note(folder)
     if not note:
         raise ValueError(f"{who} has no training.json: a teacher is a checkpoint made by `nezha train`")

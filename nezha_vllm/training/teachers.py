@@ -47,7 +47,7 @@ class Teachers:
         self.split, self.device = split, device
         positions = max(SasRecOptions.max_history, options.max_history)
         seeds = {name: sasrec_seed(name, options.seed) for name in options.teachers}
-        self.sasrecs = [SasRecOptions(seed=one, max_history=positions) for one in seeds.values() if one is not None]
+        sasrecs = [SasRecOptions(seed=one, max_history=positions) for one in seeds.values() if one is not None]
         folders = [name for name, seed in seeds.items() if seed is None]
         with self._own_random():
             self.members: list[NezhaTeacher | SasRecTeacher] = [
@@ -56,17 +56,17 @@ class Teachers:
         self.digests = [_digest_of_folder(Path(folder)) for folder in folders]
         if len(set(self.digests)) < len(folders):
             raise ValueError(f"--teacher {' '.join(folders)}: the same weights more than once, name each once")
-        self.of_sasrecs = [
-            _digest_of(asdict(one), catalogue.version, split.train, split.valid_history, split.valid_target)
-            for one in self.sasrecs
-        ]
-        self.digests += self.of_sasrecs
+        self.sasrecs = {
+            _digest_of(asdict(one), catalogue.version, split.train, split.valid_history, split.valid_target): one
+            for one in sasrecs
+        }
+        self.digests += self.sasrecs
         self.codes = Codes(tokens, device)
 
     def learn(self, folder: Path, write: Callable[[str], None]) -> None:
         """Train what is asked for of SASRec and not in ``folder`` yet; of several processes one does."""
         items = self.catalogue.item_ids(range(self.catalogue.num_items)) if self.sasrecs else []
-        for options, digest in zip(self.sasrecs, self.of_sasrecs, strict=True):
+        for digest, options in self.sasrecs.items():
             path = folder / f"sasrec-{digest[:16]}.safetensors"
             with self._own_random(), _alone(path):
                 if not path.is_file():
