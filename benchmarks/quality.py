@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -172,6 +172,16 @@ def _python_path() -> str:
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+def joined(jobs: Iterable[Job]) -> list[Job]:
+    """One job a name, with the steps of all: plans may share runs, or have several indexes of a data set."""
+    found: dict[str, Job] = {}
+    for job in jobs:
+        before = found.setdefault(job.name, job)
+        more = [step for step in job.steps if step not in before.steps]
+        found[job.name] = replace(before, steps=[*before.steps, *more])
+    return list(found.values())
+
+
 def _lacking(job: Job) -> set[Path]:
     return {step.made for step in job.steps if step.made and not step.made.is_file()}
 
@@ -213,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     places = Places(*(path.absolute() for path in (arguments.data, arguments.work, arguments.results)))
     wanted = arguments.only
-    jobs = list({job.name: job for plan in plans for job in runs(plan, places)}.values())
+    jobs = joined(job for plan in plans for job in runs(plan, places))
     jobs = [job for job in jobs if not wanted or any(text in job.name for text in wanted)]
     jobs.sort(key=lambda job: job.alone)  # those let nothing else run, so they wait for all plans
     if arguments.list:
@@ -233,8 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     runner = Runner(places, arguments.processes, deadline, write=partial(print, flush=True), gpus=arguments.gpus)
     runner.longest = 60 * arguments.job_minutes
     names = {job.name.split("/")[0] for job in jobs}
-    data = {job.name: job for plan in plans for job in preparations(plan, places) if job.name.split(":")[0] in names}
-    in_time = runner.run([*data.values(), *([] if arguments.prepare else jobs)])
+    data = joined(job for plan in plans for job in preparations(plan, places) if job.name.split(":")[0] in names)
+    in_time = runner.run([*data, *([] if arguments.prepare else jobs)])
     if not in_time:
         print("the time is up; the same command goes on from here", file=sys.stderr)
     if runner.failed:

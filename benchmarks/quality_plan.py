@@ -95,6 +95,9 @@ class Plan:
             for name, arguments in getattr(plan, table).items():
                 if strange := sorted(set(arguments) - set(verbs)):
                     raise ValueError(f"{path}: {table}.{name} has {strange}, known are {list(verbs)}")
+        for where, words in plan._words().items():
+            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+                raise ValueError(f"{path}: {where} is {words}, must be a list of texts")
         plan._check_teachers(path)
         for subset in plan.order:
             for key, names in subset.items():
@@ -110,10 +113,18 @@ class Plan:
             if len(words) > 1 or not all(found and found[1] in before for found in known):
                 raise ValueError(f"{path}: models.{name} has {words}, may have one {MODEL}NAME}} of a model before it")
             before.append(name)
-        others = [self.train, self.evaluate, *self.by_method.values()]
-        others += [words for arguments in self.datasets.values() for words in arguments.values()]
-        if found := [word for words in others for word in words if MODEL in word]:
-            raise ValueError(f"{path}: {found} outside of a model's train: only there it has a meaning")
+        for where, words in self._words().items():
+            if not where.startswith("models.") and any(MODEL in word for word in words):
+                raise ValueError(f"{path}: {where} has {MODEL}…}}, which has a meaning among a model's alone")
+
+    def _words(self) -> dict[str, list[str]]:
+        """All arguments of commands, by where they stand."""
+        found = {"train": self.train, "evaluate": self.evaluate}
+        found |= {f"by_method.{method}": words for method, words in self.by_method.items()}
+        for table in TABLES:
+            for name, verbs in getattr(self, table).items():
+                found |= {f"{table}.{name}.{verb}": words for verb, words in verbs.items()}
+        return found
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 from benchmarks import quality_gains, quality_gaps, quality_rows, quality_tables
 from benchmarks.machine import ROOT
-from benchmarks.quality import Runner, load, main
+from benchmarks.quality import Runner, joined, load, main
 from benchmarks.quality_plan import Job, Places, Plan, Step, finished_runs, is_done, preparations, remaining, runs
 from nezha_vllm import cli
 
@@ -152,9 +152,8 @@ def test_jobs_that_lack_the_same_file_are_not_at_work_at_one_time(places, tmp_pa
     shared = tmp_path / "teacher"
     teach = Step([f"test ! -e {shared}.part && touch {shared}.part && sleep 0.5 && mv {shared}.part {shared}"], shared)
     made = [tmp_path / f"student{n}" for n in range(3)]
-    jobs = [Job(path.name, [teach, Step([f"test -f {shared} && touch {path}"], path)]) for path in made]
     found = runner(places, processes=3)
-    assert found.run(jobs)
+    assert found.run([Job(path.name, [teach, Step([f"test -f {shared} && touch {path}"], path)]) for path in made])
     assert not found.failed
     assert all(path.exists() for path in made)
 
@@ -222,13 +221,15 @@ def test_when_the_time_is_up_children_of_children_are_stopped(places, tmp_path):
         (("[models.tiny]", "order = [{ seeds = [7] }]\n[models.tiny]"), "order has seeds = \\[7\\]"),
         (("seeds =", "sedes ="), "sedes"),
         (("methods = [", "methods = "), "plan.toml"),
+        (('"--epochs", "1"', '"--epochs", 1'), "train is \\['--epochs', 1, .*\\], must be a list of texts"),
+        (('"--heads", "1"]', '"--heads"]\n[by_method]\nar = "--lr"'), "by_method.ar is --lr, must be a list of texts"),
         (('"--heads", "1"]', '"--teacher", "{model:tiny}"]'), "models.tiny has \\['{model:tiny}'\\], may have one"),
         (
             ("[models.tiny]", '[models.a]\n[models.b]\ntrain = ["{model:a}", "{model:a}"]\n[models.tiny]'),
             "may have one",
         ),
         (("[models.tiny]", '[models.a]\n[models.b]\ntrain = ["--teacher={model:a}"]\n[models.tiny]'), "may have one"),
-        (('"--epochs", "1"', '"--teacher", "{model:tiny}"'), "outside of a model's train"),
+        (('"--epochs", "1"', '"--teacher", "{model:tiny}"'), "train has {model:…}, which has a meaning"),
     ],
 )
 def test_a_wrong_plan_says_where(change, said, tmp_path):
@@ -301,6 +302,13 @@ def test_whatever_runs_alone_waits_for_all_plans(places, tmp_path, capsys):
     assert main([*plans, "--data", str(places.data), "--work", str(places.work), "--list"]) == 0
     listed = [line.split(": ")[1] if line.count(": ") > 1 else "" for line in capsys.readouterr().out.splitlines()]
     assert listed == ["", "baselines", "", "widths", "", "", "alone"]
+
+
+def test_plans_of_one_command_may_have_several_indexes_of_a_data_set(places, tmp_path):
+    texts = (PLAN, PLAN.replace('"--codes", "6"', '"--codes", "7"'), PLAN)
+    [data] = joined(job for text in texts for job in preparations(plan_of(tmp_path, text), places))
+    assert [step.words[0] for step in data.steps] == ["prepare", "tokenize", "tokenize"]
+    assert len({step.made for step in data.steps}) == 3
 
 
 def test_jobs_are_spread_over_the_gpus(places, tmp_path):

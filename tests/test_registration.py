@@ -113,6 +113,7 @@ def test_steps_stay_inside_graphs_where_every_prompt_fits_one(
     [
         (True, 1024, None, 4096),
         (True, 1024, 2048, 2048),
+        (True, 1024, 8192, 4096),
         (False, 1024, None, 1024),
         (False, 1000, None, 1000),
         (False, 1024, 2048, 1024),
@@ -146,3 +147,7 @@ def test_model_runner_v1_captures_no_step_longer_than_a_prompt(
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL
     assert max(compilation.cudagraph_capture_sizes) == largest
     assert compilation.max_cudagraph_capture_size in (None, largest)  # vLLM refuses what is not the largest size
+    compilation.cudagraph_mode, compilation.cudagraph_capture_sizes = None, [8, longest + 1]  # the user's
+    set_gpu_defaults(config)
+    assert compilation.cudagraph_mode == (CUDAGraphMode.FULL if v2 else None)
+    assert compilation.cudagraph_capture_sizes == [8, longest + 1]

@@ -174,18 +174,21 @@ def set_gpu_defaults(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     hopper = current_platform.is_device_capability(90) and model.dtype.itemsize == 2
     optimised = getattr(vllm_config, "optimization_level", 2) != 0
-    if hopper and optimised and compilation.cudagraph_mode is None and not model.enforce_eager:
+    graphs = hopper and optimised and compilation.cudagraph_mode is None and not model.enforce_eager
+    # Model Runner V1 captures as if a request had all of a step's tokens, and would read blocks behind its table
+    v1 = graphs and not vllm_config.use_v2_model_runner
+    if graphs and not (v1 and max(compilation.cudagraph_capture_sizes or [0]) > model.max_model_len):
         compilation.cudagraph_mode = CUDAGraphMode.FULL
         keep_steps_in_graphs(scheduler, model.max_model_len)
         if compilation.cudagraph_capture_sizes is None:
             # a step of more tokens than all requests can have together does not exist, and cannot be captured
             most = min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * model.max_model_len)
             largest = compilation.max_cudagraph_capture_size
-            if not vllm_config.use_v2_model_runner:
-                # V1 captures as if a request had all of a step's tokens, and would read blocks behind its table
+            if v1:
                 most = min(most, model.max_model_len)
-                largest = min(most, largest or GRAPH_SIZES[-1])
-                compilation.max_cudagraph_capture_size = largest
+                largest = GRAPH_SIZES[-1] if largest is None else largest
+            if largest is not None:  # vLLM takes no other than the largest size
+                compilation.max_cudagraph_capture_size = largest = min(most, largest)
             compilation.cudagraph_capture_sizes = graph_sizes(most, largest)
         attention = vllm_config.attention_config
         if attention.flash_attn_max_num_splits_for_cuda_graph == SPLITS_OF_VLLM:

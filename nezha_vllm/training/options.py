@@ -12,7 +12,7 @@ def sasrec_seed(teacher: str, seed: int) -> int | None:
     kind, colon, own = teacher.partition(":")
     if kind != SASREC:
         return None
-    if colon and not (own.isascii() and own.isdigit() and len(own) < 20 and int(own) < 2**63):
+    if colon and not (own.isascii() and own.isdigit() and len(own.lstrip("0")) < 20 and int(own) < 2**63):
         raise ValueError(f"teacher {teacher!r}: behind `{SASREC}:` stands its seed, a whole number below 2**63")
     return int(own) if colon else seed
 
