@@ -11,7 +11,7 @@ from statistics import fmean
 from benchmarks.markdown import table
 from benchmarks.quality_minutes import TRAINING
 from benchmarks.quality_plan import CURVE, Plan
-from benchmarks.quality_rows import NO_SCORES, NO_TOKENS, OURS, UNVERIFIED, Result, mean
+from benchmarks.quality_rows import NO_SCORES, NO_TOKENS, OURS, UNVERIFIED, Result, main_models, mean
 from nezha_vllm.ablations import LABELS
 from nezha_vllm.cli.tokenize import codebook_sizes
 
@@ -80,12 +80,8 @@ def level_table(rows: Mapping[str, Mapping[str, Sequence[Result]]]) -> str:
 
 def of_most_rows(results: Sequence[Result]) -> list[Result]:
     """Of each data set those of the model with most rows."""
-    found = []
-    for dataset in dict.fromkeys(one.dataset for one in results):
-        here = [one for one in results if one.dataset == dataset and one.model]
-        models = [one.model for one in here]
-        found += [one for one in here if one.model == max(models, key=models.count)]
-    return found
+    mains = main_models(results)
+    return [one for one in results if one.model and one.model == mains[one.dataset]]
 
 
 def time_lines(results: Sequence[Result], minutes: Minutes) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
@@ -95,8 +91,9 @@ def time_lines(results: Sequence[Result], minutes: Minutes) -> dict[str, dict[st
     evenly over the epochs.
     """
     found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    shown = [one for one in of_most_rows(results) if one.config.get("validations")]
     for dataset in dict.fromkeys(one.dataset for one in results):
-        here = [one for one in of_most_rows(results) if one.dataset == dataset and one.config.get("validations")]
+        here = [one for one in shown if one.dataset == dataset]
         for method in TRAINED:
             runs = [one for one in here if one.method == method]
             epochs = {tuple(epoch for epoch, _, _ in one.config["validations"]) for one in runs}

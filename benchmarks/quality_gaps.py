@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.quality_rows import OURS, Result
+from benchmarks.quality_rows import OURS, Result, main_models
 from nezha_vllm.training.comparison import BASELINES
 from nezha_vllm.training.metrics import gains, hits
 from nezha_vllm.training.options import sasrec_seed
@@ -69,6 +69,7 @@ def _is_student(one: Result) -> bool:
 def _made(results: Sequence[Result], ranks: Path) -> Iterable[Gap]:
     sides: dict[tuple[str, str, str], dict[int, tuple[str, np.ndarray]]] = {}
     epochs = {one.group: one.config.get("epochs") for one in results}
+    mains = main_models(results)
     students = {(one.dataset, one.model) for one in results if _is_student(one)}
     for one in results:
         path = ranks / f"{one.run.replace('/', '-')}.npz"
@@ -77,8 +78,7 @@ def _made(results: Sequence[Result], ranks: Path) -> Iterable[Gap]:
     for (dataset, model, method), ours in sides.items():
         if method != OURS:
             continue
-        models = [one.model for one in results if one.dataset == dataset and one.model]
-        first = max(dict.fromkeys(models), key=models.count)
+        first = mains[dataset]
         for (where, beside, other), theirs in sides.items():
             baseline = not beside and (model == first or (other == SASREC and (dataset, model) in students))
             if where == dataset and (beside == model or baseline) and other != OURS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,8 +88,7 @@ def _method(row: Mapping[str, str], config: Mapping[str, Any]) -> str:
     scored = config.get("item_loss") and "item_score_weight" in config
     name += NO_TOKENS if not config.get("item_tokens") else "" if scored else NO_SCORES
     name += SHORT_HISTORIES if config.get("item_tokens") and config.get("short_histories") else ""
-    name += OVER_CATALOGUE if config.get("softmax") == "catalogue" else ""
-    return name
+    return name + (OVER_CATALOGUE if config.get("softmax") == "catalogue" else "")
 
 
 def planned(paths: Sequence[Path]) -> set[str]:
@@ -116,6 +116,15 @@ def read(path: Path, split: str = "test", only: Collection[str] | None = None) -
         found = [one for one in found if one.run in only or (not one.model and one.data in data)]
     found.sort(key=lambda one: "-" not in one.run.rpartition("/")[2])
     return list({(*one.group, one.seed): one for one in found}.values())
+
+
+def main_models(results: Sequence[Result]) -> dict[str, str]:
+    """Data set → its model with most rows."""
+    found: dict[str, Counter[str]] = {}
+    for one in results:
+        if one.model:  # no baselines
+            found.setdefault(one.dataset, Counter())[one.model] += 1
+    return {dataset: models.most_common(1)[0][0] for dataset, models in found.items()}
 
 
 def mean(values: Sequence[float | None], digits: int = 4) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -203,6 +204,11 @@ def test_train_takes_teachers_and_notes_them(catalogue, rings, checkpoint, tmp_p
     assert notes["teacher_weight"] == 0.25
     assert load_trained(tmp_path / "model").options["teachers"] == notes["teachers"]  # of results files
     assert sorted(path.name for path in tmp_path.iterdir()) == ["catalogue", "model", "rings"]
+    asked = ["--baselines", "--beam-width", "5", "--results", str(tmp_path / "rows.csv")]
+    assert cli.main(["evaluate", str(tmp_path / "model"), str(tmp_path / "rings"), *asked]) == 0
+    for row in csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()):
+        assert json.loads(row["config"])["teachers"] == ["sasrec", checkpoint().name]
+        assert str(checkpoint().parent) not in str(row)
 
 
 def test_a_students_items_become_its_teachers(catalogue, rings, tmp_path, monkeypatch, sasrec_runs):  # noqa: F811

@@ -187,7 +187,7 @@ def set_gpu_defaults(vllm_config: VllmConfig) -> None:
             if v1:
                 most = min(most, model.max_model_len)
                 largest = GRAPH_SIZES[-1] if largest is None else largest
-            if largest is not None:  # vLLM takes no other than the largest size
+            if largest is not None:  # vLLM refuses to start unless the largest size is it
                 compilation.max_cudagraph_capture_size = largest = min(most, largest)
             compilation.cudagraph_capture_sizes = graph_sizes(most, largest)
         attention = vllm_config.attention_config

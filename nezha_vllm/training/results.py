@@ -28,7 +28,8 @@ METRICS = ("hit@5", "hit@10", "ndcg@5", "ndcg@10", "hit@500", "valid")
 class Run:
     """What is known of a run beside its figures. ``seconds`` is the time of ``method`` in the evaluation.
 
-    ``config``: its training options, the device, a GPU's index if one was chosen, its latency if that was measured.
+    ``config``: its training options, teachers without their folders, the device, a GPU's index if one was chosen, its
+    latency if that was measured.
     ``run`` is a name of the user's, such as a plan's. ``validity`` is empty where there are no beams, and figures are
     where a method has none.
     """
@@ -64,7 +65,9 @@ def append(path: str | os.PathLike[str], comparison: Comparison, dataset: Datase
     """
     lines = []
     for method, figures in comparison.rows.items():
-        settings = comparison.options.get(method, {})
+        settings = dict(comparison.options.get(method, {}))
+        if "teachers" in settings:  # rows leave this machine: no paths of it
+            settings["teachers"] = [Path(one).name for one in settings["teachers"]]
         run = Run(
             name,
             datetime.now(UTC).isoformat(timespec="seconds"),
